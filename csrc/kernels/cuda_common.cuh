@@ -1,0 +1,87 @@
+// Conversions, dispatch over element types and launch checks shared by the CUDA kernels.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+#include "kernels/context.h"
+#include "kernels/dtype.h"
+
+namespace alore::kernels {
+
+inline void check(cudaError_t status, const char* what) {
+  if (status != cudaSuccess) {
+    throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
+  }
+}
+
+inline void check_launch(const char* kernel) { check(cudaGetLastError(), kernel); }
+
+template <typename T>
+using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+template <typename To, typename From>
+__device__ __forceinline__ To convert(From v) {
+  if constexpr (std::is_same_v<To, From>) {
+    return v;
+  } else if constexpr (std::is_same_v<From, __nv_bfloat16>) {
+    return static_cast<To>(__bfloat162float(v));
+  } else if constexpr (std::is_same_v<From, __half>) {
+    return static_cast<To>(__half2float(v));
+  } else if constexpr (std::is_same_v<To, __nv_bfloat16>) {
+    return __float2bfloat16(static_cast<float>(v));
+  } else if constexpr (std::is_same_v<To, __half>) {
+    return __float2half(static_cast<float>(v));
+  } else {
+    return static_cast<To>(v);
+  }
+}
+
+template <typename T>
+struct Tag {
+  using type = T;
+};
+
+// Calls f(Tag<T>) with the C++ type of `t`.
+template <typename F>
+void dispatch(DType t, F&& f) {
+  switch (t) {
+    case DType::kFloat64:
+      return f(Tag<double>{});
+    case DType::kFloat32:
+      return f(Tag<float>{});
+    case DType::kBFloat16:
+      return f(Tag<__nv_bfloat16>{});
+    case DType::kFloat16:
+      return f(Tag<__half>{});
+  }
+}
+
+// The same for a type that sums are taken in: double or float.
+template <typename F>
+void dispatch_acc(DType t, F&& f) {
+  return t == DType::kFloat64 ? f(Tag<double>{}) : f(Tag<float>{});
+}
+
+inline constexpr int kThreads = 256;
+
+// Blocks for a grid-stride loop over `elements`.
+inline unsigned grid_for(int64_t elements, int threads = kThreads) {
+  constexpr int64_t kMaxBlocks = 132 * 16;
+  return static_cast<unsigned>(std::clamp<int64_t>((elements + threads - 1) / threads, 1, kMaxBlocks));
+}
+
+template <typename T>
+__device__ __forceinline__ T warp_sum(T v) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset >>= 1) v += __shfl_xor_sync(0xffffffffu, v, offset);
+  return v;
+}
+
+}  // namespace alore::kernels
