@@ -1,0 +1,280 @@
+"""Adapter files: one safetensors file with the adapters, the classifier head, and what is needed to put them
+back.
+
+Tensors carry their names in the patched model ("alore_scale", "blocks.0.norm1.down", "head.weight"). The
+metadata holds the format's version, the family, the configs, the head's names and the base's fingerprint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .config import Config, config_from_dict
+from .fingerprint import Fingerprint, difference, fingerprint
+from .patching.apply import apply_plan, check_unpatched, empty_parameters
+from .patching.attaching import undo_on_error
+from .patching.plan import make_plan
+from .patching.state import PatchState, get_state, require_state
+
+_FORMAT = "alore_ext_adapter"
+_VERSION = 1
+
+
+def adapter_state_dict(model: nn.Module, include_head: bool = True) -> dict[str, Tensor]:
+    """The adapters' parameters and the classifier head's tensors by full name, sharing memory with the model.
+
+    Works on a merged model too, whose adapters are kept aside.
+
+    Raises:
+        ValueError: not patched.
+    """
+    state = require_state(model, "adapter_state_dict")
+    adapters = dict(model.named_parameters()) if state.merged is None else state.merged.adapters
+    tensors = {name: adapters[name].detach() for name in state.adapter_names()}
+    if include_head:
+        tensors.update({name: value for name, value in model.state_dict().items() if state.is_head(name)})
+    return tensors
+
+
+def save_adapter(model: nn.Module, path: str | os.PathLike, include_head: bool = True) -> Path:
+    """Write the adapters, and by default the head, to one safetensors file.
+
+    The file is complete or not there: it is written beside `path` and moved into place.
+
+    Returns:
+        The path.
+
+    Warns:
+        UserWarning: other parameters are trainable; what they learned is not in the file.
+
+    Raises:
+        ValueError: not patched; merged.
+    """
+    state = require_state(model, "save_adapter")
+    if state.merged is not None:
+        raise ValueError(f"save_adapter: {type(model).__name__} is merged; call unmerge_ first")
+    tensors = adapter_state_dict(model, include_head)
+    left_out = [
+        n
+        for n, p in model.named_parameters()
+        if p.requires_grad and n not in tensors and not state.is_head(n)
+    ]
+    if left_out:
+        warnings.warn(
+            f"save_adapter: {len(left_out)} trainable parameters, neither adapter nor head, are not saved: "
+            f"{', '.join(left_out[:3])}{', ...' if len(left_out) > 3 else ''}",
+            stacklevel=2,
+        )
+    metadata = {
+        "format": _FORMAT,
+        "format_version": str(_VERSION),
+        "family": state.family,
+        "configs": json.dumps([config.to_dict() for config in state.configs]),
+        "head": json.dumps(list(state.head_names)),
+        "base": json.dumps(fingerprint(model, state)),
+    }
+    path = Path(path)
+    # Contiguous copies: safetensors refuses views and tensors that share memory (a tied head).
+    contents = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        written = os.path.join(folder, "adapter")
+        save_file(contents, written, metadata)
+        os.replace(written, path)
+    return path
+
+
+def load_adapter(model: nn.Module, path: str | os.PathLike) -> nn.Module:
+    """Put a saved adapter on a model: patch it as the file says, and load adapters and head.
+
+    A plain model is patched; a patched one must have the file's configs, and takes its values. The head is
+    restored where the file holds one, and replaced where it has another size.
+
+    Args:
+        model: the base that the adapter was trained on, in any floating dtype.
+        path: a file that `save_adapter` wrote.
+
+    Returns:
+        The same model.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not an adapter file, or truncated; of another format version, base, family or config; a
+            merged model. The model is left as it was.
+    """
+    file = read_adapter(path)
+    state = get_state(model)
+    if state is None:
+        _load_on_plain(model, file)
+    else:
+        _load_on_patched(model, state, file)
+    return model
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """An adapter file's contents, checked to be one."""
+
+    path: str
+    family: str
+    configs: tuple[Config, ...]
+    head_names: tuple[str, ...]
+    base: Fingerprint
+    tensors: dict[str, Tensor]
+
+    def head_tensors(self) -> dict[str, Tensor]:
+        """The tensors of the classifier."""
+        return {
+            n: t for n, t in self.tensors.items() if any(n.startswith(f"{head}.") for head in self.head_names)
+        }
+
+    def error(self, text: str) -> ValueError:
+        """A ValueError that names the file."""
+        return ValueError(f"load_adapter: {self.path}: {text}")
+
+
+def read_adapter(path: str | os.PathLike) -> AdapterFile:
+    """Read a file that `save_adapter` wrote.
+
+    Raises as `load_adapter` does for what the file alone can be wrong in.
+    """
+    path = os.fspath(path)
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"load_adapter: no file at {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(
+            f"load_adapter: {path} is not a safetensors file, or is truncated: {error}"
+        ) from None
+    if metadata.get("format") != _FORMAT:
+        raise ValueError(f"load_adapter: {path} is not an adapter file: format is {metadata.get('format')!r}")
+    if metadata.get("format_version") != str(_VERSION):
+        raise ValueError(
+            f"load_adapter: {path}: format_version must be {_VERSION}, got {metadata.get('format_version')!r}"
+        )
+    try:
+        configs = tuple(config_from_dict(fields) for fields in json.loads(metadata["configs"]))
+        head_names, base = tuple(json.loads(metadata["head"])), json.loads(metadata["base"])
+        return AdapterFile(path, metadata["family"], configs, head_names, base, tensors)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"load_adapter: {path}: damaged metadata: {error!r}") from None
+
+
+def _load_on_plain(model: nn.Module, file: AdapterFile) -> None:
+    check_unpatched(model)
+    with torch.random.fork_rng(devices=[]):
+        # A random masking pattern is drawn here, and gives way to the one that the file was trained with.
+        plan = make_plan(model, file.configs, file.head_names, file.family)
+    plan = plan.with_expert_counts({n: t.numel() for n, t in file.tensors.items() if n.endswith(".coeff")})
+    _check_base(model, PatchState(plan.family, plan.configs, plan.records, plan.head_names), file)
+    parameters = empty_parameters(model, plan)
+    values = _checked_values(parameters, file)
+    with undo_on_error() as on_error:
+        _restore_head(model, file, on_error)
+        for name, parameter in parameters.items():
+            parameter.data.copy_(values[name])
+        apply_plan(model, plan, parameters)
+
+
+def _load_on_patched(model: nn.Module, state: PatchState, file: AdapterFile) -> None:
+    if state.merged is not None:
+        raise file.error(f"{type(model).__name__} is merged; call unmerge_ first")
+    if state.family != file.family:
+        raise file.error(f"family must be {state.family!r}, got {file.family!r}")
+    if state.configs != file.configs:
+        raise file.error(
+            f"the model is patched with {list(state.configs)}, the file has {list(file.configs)}"
+        )
+    _check_base(model, state, file)
+    parameters = {name: p for name, p in model.named_parameters() if name in set(state.adapter_names())}
+    values = _checked_values(parameters, file)
+    with undo_on_error() as on_error:
+        _restore_head(model, file, on_error)
+        for name, parameter in parameters.items():
+            before = parameter.detach().clone()
+            on_error(lambda parameter=parameter, before=before: parameter.data.copy_(before))
+            parameter.data.copy_(values[name])
+
+
+def _check_base(model: nn.Module, state: PatchState, file: AdapterFile) -> None:
+    if reason := difference(file.base, fingerprint(model, state)):
+        raise file.error(f"the adapter was trained on another base: {reason}")
+
+
+def _checked_values(parameters: Mapping[str, Tensor], file: AdapterFile) -> dict[str, Tensor]:
+    """The file's adapter tensors, which must be these parameters and no other."""
+    values = {name: tensor for name, tensor in file.tensors.items() if name not in file.head_tensors()}
+    if missing := sorted(parameters.keys() - values.keys()):
+        raise file.error(f"misses {missing[0]} ({len(missing)} tensors in all)")
+    if unknown := sorted(values.keys() - parameters.keys()):
+        raise file.error(
+            f"holds {unknown[0]}, which its config does not explain ({len(unknown)} tensors in all)"
+        )
+    for name, parameter in parameters.items():
+        if values[name].shape != parameter.shape:
+            raise file.error(f"{name} must be {list(parameter.shape)}, got {list(values[name].shape)}")
+    return values
+
+
+def _restore_head(model: nn.Module, file: AdapterFile, on_error) -> None:
+    """Load the file's head.
+
+    A linear of another size, or the Identity of a model without classes, is replaced.
+    """
+    by_module: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in file.head_tensors().items():
+        module, _, own = name.rpartition(".")
+        by_module.setdefault(module, {})[own] = tensor
+    for name, tensors in by_module.items():
+        try:
+            module = model.get_submodule(name)
+        except AttributeError:
+            raise file.error(f"the model has no {name} to restore the head to") from None
+        own = {**module._parameters, **module._buffers}
+        shapes = {key: tensor.shape for key, tensor in own.items() if tensor is not None}
+        if shapes != {key: tensor.shape for key, tensor in tensors.items()}:
+            module = _replace_linear(model, name, module, tensors, file, on_error)
+            own = dict(module._parameters)
+        for key, tensor in tensors.items():
+            before = own[key].detach().clone()
+            on_error(lambda target=own[key], before=before: target.data.copy_(before))
+            own[key].data.copy_(tensor)
+
+
+def _replace_linear(
+    model: nn.Module, name: str, old: nn.Module, tensors: Mapping[str, Tensor], file: AdapterFile, on_error
+) -> nn.Linear:
+    if not isinstance(old, (nn.Linear, nn.Identity)) or not {"weight"} <= set(tensors) <= {"weight", "bias"}:
+        raise file.error(f"the head {name} is a {type(old).__name__} of another shape, not an nn.Linear")
+    out_features, in_features = tensors["weight"].shape
+    like = next(old.parameters(), None)
+    if like is None:
+        like = next(p for p in model.parameters() if p.is_floating_point())
+    new = nn.utils.skip_init(
+        nn.Linear, in_features, out_features, bias="bias" in tensors, device=like.device, dtype=like.dtype
+    )
+    new.train(old.training)
+    parent = model.get_submodule(name.rpartition(".")[0])
+    child = name.rpartition(".")[2]
+    parent._modules[child] = new
+    on_error(lambda: parent._modules.__setitem__(child, old))
+    for owner in {id(module): module for module in (model, parent)}.values():
+        if isinstance(getattr(owner, "num_classes", None), int):
+            before: Any = owner.num_classes
+            on_error(lambda owner=owner, before=before: setattr(owner, "num_classes", before))
+            owner.num_classes = out_features
+    return new

@@ -1,0 +1,132 @@
+"""Folding adapters into the backbone's own weights, and taking them out again.
+
+A merged model is the plain backbone: its own classes, its own state_dict keys, no adapter left in the
+forward. Weights are merged in float32 (float64 for float64) and rounded once. Subtracting the update again
+would not give the rounding back, so `merge_` keeps copies of the weights that it changes, and `unmerge_`
+restores every bit.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from .patching.apply import restore_requires_grad
+from .patching.attaching import attach_all, check_attached, detach_all, undo_on_error
+from .patching.merged import allow_training, refuse_training, restore_base_
+from .patching.records import SHARED_SCALE
+from .patching.state import MergedState, PatchState, clear_state, require_state
+
+_KEEP_BASE = ("device", "cpu", None)
+
+
+def merge_(model: nn.Module, keep_base: str | None = "device") -> nn.Module:
+    """Fold all adapters into the weights, in place, and put the model in eval mode.
+
+    Until `unmerge_`, `model.train()` and `save_adapter` raise, and `state_dict()` gives the merged weights
+    under the backbone's own keys.
+
+    Args:
+        model: a patched model.
+        keep_base: where the original weights are kept: "device" (beside them), "cpu", or None (nowhere: the
+            merge cannot be undone).
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: not patched; merged already; a keep_base of another kind; a NaN or infinity in an adapter
+            or in a merged weight, naming it. The model is left as it was.
+    """
+    state = require_state(model, "merge_")
+    if keep_base not in _KEEP_BASE:
+        raise ValueError(f"merge_: keep_base must be one of {_KEEP_BASE}, got {keep_base!r}")
+    if state.merged is not None:
+        raise ValueError(f"merge_: {type(model).__name__} is already merged")
+    check_attached(model, state, "merge_")
+    parameters = dict(model.named_parameters())
+    for name in state.adapter_names():
+        _check_finite(name, parameters[name])
+
+    training = {name: module.training for name, module in model.named_modules()}
+    with undo_on_error() as on_error:
+        copies = _merge_weights_(model, state, parameters, keep_base, on_error)
+        adapters = detach_all(model, state)
+        on_error(lambda: attach_all(model, state.records, adapters))
+        state.merged = MergedState(adapters, None if keep_base is None else copies, training)
+        model.eval()
+        refuse_training(model)
+    return model
+
+
+@torch.no_grad()
+def _merge_weights_(
+    model: nn.Module, state: PatchState, parameters: dict[str, nn.Parameter], keep_base: str | None, on_error
+) -> dict[str, torch.Tensor]:
+    """Merge layer by layer; returns copies of the weights as they were."""
+    copies: dict[str, torch.Tensor] = {}
+    for record in state.records:
+        own = {name: parameters[f"{record.module}.{name}"] for name in record.parameter_shapes()}
+        if record.shares_scale:
+            own[SHARED_SCALE] = parameters[SHARED_SCALE]
+        tensors = record.merged_tensors(model)
+        for name, tensor in tensors.items():
+            # Kept even with keep_base=None until the last layer is merged: until then the merge may still be
+            # refused.
+            copy = tensor.detach().to("cpu", copy=True) if keep_base == "cpu" else tensor.detach().clone()
+            copies[name] = copy
+            on_error(lambda tensor=tensor, copy=copy: _copy_(tensor, copy))
+        record.merge_(model, own)
+        for name, tensor in tensors.items():
+            _check_finite(name, tensor)
+    return copies
+
+
+@torch.no_grad()
+def _copy_(tensor: torch.Tensor, copy: torch.Tensor) -> None:
+    tensor.copy_(copy)
+
+
+def _check_finite(name: str, tensor: torch.Tensor) -> None:
+    if tensor.is_meta:
+        raise ValueError(f"merge_: {name} is on the meta device, which holds no values to merge")
+    if not torch.isfinite(tensor).all():
+        raise ValueError(f"merge_: {name} holds NaN or infinity; expected finite values")
+
+
+def unmerge_(model: nn.Module) -> nn.Module:
+    """Undo `merge_`: every bit of the weights, the adapters, and the training flags.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: not patched; not merged; merged with `keep_base=None`.
+    """
+    state = require_state(model, "unmerge_")
+    if state.merged is None:
+        raise ValueError(f"unmerge_: {type(model).__name__} is not merged")
+    restore_base_(model, state, "unmerge_")
+    return model
+
+
+def merge_and_unload(model: nn.Module) -> nn.Module:
+    """Merge (unless merged already) and forget the adapters: a plain backbone with its own classes and keys.
+
+    `requires_grad` and training flags are those the model had before `patch` and before the merge.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: as `merge_`.
+    """
+    state = require_state(model, "merge_and_unload")
+    if state.merged is None:
+        merge_(model, keep_base=None)
+    allow_training(model)
+    for name, module in model.named_modules():
+        module.training = state.merged.training.get(name, module.training)
+    clear_state(model)
+    restore_requires_grad(model, state)
+    return model

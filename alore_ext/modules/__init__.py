@@ -1,0 +1,19 @@
+"""Adapter modules: what a patched layer's class becomes.
+
+`alore_ext.patch` puts them in; they are rarely made by hand.
+"""
+
+from .adapter import Adapter, attach, detach
+from .alore import AloreLayerNorm, AloreLinear, AloreNorm
+from .mlae import FusedBiasAttention, MlaeLinear
+
+__all__ = [
+    "Adapter",
+    "AloreLayerNorm",
+    "AloreLinear",
+    "AloreNorm",
+    "FusedBiasAttention",
+    "MlaeLinear",
+    "attach",
+    "detach",
+]

@@ -1,0 +1,70 @@
+"""ALoRE layers: a norm with an adapter behind it, a linear with an adapter behind it.
+
+Each has `down` [num_experts, p, rank] and `up` [num_experts, rank, p], p = width / num_experts. The scale
+matrices [num_experts, num_experts, num_experts] are the model's `alore_scale`, or the layer's own `scale`
+where the config does not share them.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from alore_ext import ops
+
+from .adapter import Adapter
+
+
+class _AloreAdapter(Adapter):
+    adapter_parameters = ("down", "up", "scale")
+    adapter_attributes = ("_alore_root", "_alore_dropout")
+
+    _alore_root: nn.Module | None  # where alore_scale is registered; None where the layer has its own scale
+    _alore_dropout: float
+
+    def _scale(self) -> Tensor:
+        # Through the module and not a kept reference to the parameter: load_state_dict(assign=True),
+        # functional_call and sharding all replace the registered one.
+        root = self._alore_root
+        return self.scale if root is None else root.alore_scale
+
+    def extra_repr(self) -> str:
+        num_experts, _, rank = self.down.shape
+        own = ", own scale" if self._alore_root is None else ""
+        adapter = f"alore: experts={num_experts}, rank={rank}, dropout={self._alore_dropout}{own}"
+        return ", ".join(filter(None, (super().extra_repr(), adapter)))
+
+
+class AloreLayerNorm(_AloreAdapter):
+    """`alore(layer_norm(x))` in one operator, for `nn.LayerNorm` and timm's `LayerNorm` over the last
+    dimension.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., embed_dim] -> [..., embed_dim]."""
+        return ops.layer_norm_alore(
+            x,
+            self.weight,
+            self.bias,
+            self.eps,
+            self._scale(),
+            self.down,
+            self.up,
+            self._alore_dropout,
+            self.training,
+        )
+
+
+class _AloreBehind(_AloreAdapter):
+    def forward(self, x: Tensor) -> Tensor:
+        """alore(layer(x)), on the last dimension of the layer's output."""
+        return ops.alore(
+            super().forward(x), self._scale(), self.down, self.up, self._alore_dropout, self.training
+        )
+
+
+class AloreNorm(_AloreBehind):
+    """Any other norm, run as it is, then `alore` on the last dimension of its output."""
+
+
+class AloreLinear(_AloreBehind):
+    """A linear, run as it is, then `alore` on its output: the `after_attn` and `after_ffn` locations."""

@@ -1,0 +1,58 @@
+"""MLAE layers: a linear with masked rank-1 experts beside its weight."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from alore_ext import ops
+
+from .adapter import Adapter
+
+
+class MlaeLinear(Adapter):
+    """`y = x W^T + b + ((x A^T) * c) B^T`, c the coefficients under this step's mask (MLAE equations 4 to 6).
+
+    `lora_a` [R, in_features], `lora_b` [out_features, R], `coeff` [num_experts], R = num_experts *
+    expert_rank. The mask is drawn anew at every training forward, one for the whole batch, with the kept
+    experts scaled by 1 / (1 - p).
+    """
+
+    adapter_parameters = ("lora_a", "lora_b", "coeff")
+    adapter_attributes = ("_mlae_mask_p", "_mlae_expert_rank", "_mlae_bias_owner")
+
+    _mlae_mask_p: float
+    _mlae_expert_rank: int
+    # The attention that keeps this linear's bias as q_bias, k_bias and v_bias; None where the linear has its
+    # own.
+    _mlae_bias_owner: nn.Module | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., in_features] -> [..., out_features]."""
+        coeff = F.dropout(self.coeff, self._mlae_mask_p, self.training)
+        if self._mlae_expert_rank > 1:
+            coeff = coeff.repeat_interleave(self._mlae_expert_rank)
+        owner = self._mlae_bias_owner
+        bias = self.bias if owner is None else owner.joint_bias()
+        return ops.masked_lora_linear(x, self.weight, bias, self.lora_a, self.lora_b, coeff)
+
+    def extra_repr(self) -> str:
+        experts = f"mlae: experts={self.coeff.numel()}, expert_rank={self._mlae_expert_rank}"
+        return f"{super().extra_repr()}, {experts}, mask_p={self._mlae_mask_p}"
+
+
+class FusedBiasAttention(Adapter):
+    """timm's BEiT or EVA attention, whose forward would go around its qkv module.
+
+    Those compute `F.linear(x, self.qkv.weight, cat(q_bias, k_bias, v_bias))`, but call `self.qkv(x)` when
+    `q_bias` is None. Here `q_bias` reads as None, so that timm's own forward calls the adapted qkv, which
+    asks `joint_bias` for what is still registered under the old names.
+    """
+
+    q_bias = property(lambda self: None)
+
+    def joint_bias(self) -> Tensor:
+        """[3 * attn_dim], the biases of q, k and v as registered."""
+        registered = {**self._parameters, **self._buffers}
+        return torch.cat([registered[name] for name in ("q_bias", "k_bias", "v_bias")])

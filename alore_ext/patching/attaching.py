@@ -1,0 +1,54 @@
+"""Putting all adapters on a model and taking them off. What fails midway is undone."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+from torch import nn
+
+from .records import SHARED_SCALE, AdapterRecord
+from .state import PatchState
+
+
+@contextlib.contextmanager
+def undo_on_error() -> Iterator[Callable[[Callable[[], object]], None]]:
+    """Gives a function that notes how to undo a step; runs the notes backwards if the block raises."""
+    undo: list[Callable[[], object]] = []
+    try:
+        yield undo.append
+    except BaseException:
+        for step in reversed(undo):
+            step()
+        raise
+
+
+def attach_all(
+    model: nn.Module, records: Iterable[AdapterRecord], parameters: Mapping[str, nn.Parameter]
+) -> None:
+    """Put every adapter on its layer. `parameters` are by full name."""
+    with undo_on_error() as on_error:
+        if SHARED_SCALE in parameters:
+            model.register_parameter(SHARED_SCALE, parameters[SHARED_SCALE])
+            on_error(lambda: model._parameters.pop(SHARED_SCALE))
+        for record in records:
+            own = {name: parameters[f"{record.module}.{name}"] for name in record.parameter_shapes()}
+            record.attach(model, own)
+            on_error(lambda record=record: record.detach(model))
+
+
+def detach_all(model: nn.Module, state: PatchState) -> dict[str, nn.Parameter]:
+    """Take every adapter off its layer; returns the parameters by full name. Needs `check_attached` first."""
+    parameters = {}
+    for record in state.records:
+        parameters.update({f"{record.module}.{name}": value for name, value in record.detach(model).items()})
+    if SHARED_SCALE in model._parameters:
+        parameters[SHARED_SCALE] = model._parameters.pop(SHARED_SCALE)
+    return parameters
+
+
+def check_attached(model: nn.Module, state: PatchState, caller: str) -> None:
+    """Raises ValueError where a patched layer has been replaced since, naming it."""
+    for record in state.records:
+        if not record.is_attached(model):
+            raise ValueError(f"{caller}: {record.module} is no longer the layer that was patched")

@@ -1,0 +1,256 @@
+"""From configs and a model's structure to a list of adapter records, with every check that can fail.
+
+Changes nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from alore_ext.config import AloreConfig, Config, MlaeConfig
+from alore_ext.masking import expert_counts, mask_probabilities
+from alore_ext.modules import AloreLayerNorm, AloreLinear, AloreNorm
+from alore_ext.modules.adapter import Adapter
+
+from .heads import find_head_names
+from .records import AdapterRecord, AloreRecord, MlaeRecord
+from .registry import AloreSite, BlockSites, MlaeSite, Structure, find_structure, get_family
+
+_WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class PatchPlan:
+    """What `patch` will do."""
+
+    family: str
+    configs: tuple[Config, ...]
+    records: tuple[AdapterRecord, ...]
+    head_names: tuple[str, ...]
+
+    def with_expert_counts(self, counts: Mapping[str, int]) -> PatchPlan:
+        """The plan with the numbers of MLAE experts that `counts` has for "<module>.coeff" (a random
+        pattern's draw).
+        """
+        records = tuple(
+            dataclasses.replace(record, num_experts=counts.get(f"{record.module}.coeff", record.num_experts))
+            if isinstance(record, MlaeRecord) and self.configs[record.config].pattern == "random"
+            else record
+            for record in self.records
+        )
+        return dataclasses.replace(self, records=records)
+
+
+def make_plan(
+    model: nn.Module, configs: Config | Iterable[Config], head: str | Iterable[str] | None, family: str | None
+) -> PatchPlan:
+    """Check everything that `patch` promises to check, and say what to put where.
+
+    Raises:
+        TypeError: a model that is no module, a config that is none.
+        ValueError: naming the layer or the field, what was expected and what came.
+    """
+    _check_model(model)
+    configs = _as_configs(configs)
+    structure = find_structure(model, family)
+    records = [
+        record for index, config in enumerate(configs) for record in _records(model, structure, config, index)
+    ]
+    _check_collisions(records)
+    _check_shared_scale(configs)
+    _check_layers(model, records)
+    return PatchPlan(
+        structure.family, configs, tuple(records), find_head_names(model, structure.backbone, head)
+    )
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"patch: expected an nn.Module, got {type(model).__name__}")
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise ValueError(f"patch: got a {type(model).__name__}; patch the model inside it before wrapping it")
+
+
+def _as_configs(configs: Config | Iterable[Config]) -> tuple[Config, ...]:
+    if isinstance(configs, (AloreConfig, MlaeConfig)):
+        return (configs,)
+    expected = "patch: config must be an AloreConfig, a MlaeConfig, or a list of them"
+    if not isinstance(configs, Iterable) or isinstance(configs, (str, bytes)):
+        raise TypeError(f"{expected}, got {configs!r}")
+    configs = tuple(configs)
+    for config in configs:
+        if not isinstance(config, (AloreConfig, MlaeConfig)):
+            raise TypeError(f"{expected}, got {config!r}")
+    if not configs:
+        raise ValueError(f"{expected}, got an empty one")
+    return configs
+
+
+def _records(model: nn.Module, structure: Structure, config: Config, index: int) -> list[AdapterRecord]:
+    depth = len(structure.blocks)
+    layers = range(depth) if config.layers is None else config.layers
+    if max(layers) >= depth:
+        name = type(config).__name__
+        raise ValueError(f"{name}: layers must be in 0..{depth - 1} for {depth} blocks, got {max(layers)}")
+    blocks = [(block, structure.blocks[block]) for block in layers]
+    if isinstance(config, AloreConfig):
+        locations = config.locations or get_family(structure.family).default_locations
+        return [
+            _alore_record(model, config, index, block, location, _site(sites, sites.alore, location))
+            for block, sites in blocks
+            for location in locations
+        ]
+    targets = config.targets or get_family(structure.family).default_targets
+    counts, probabilities = expert_counts(config, depth), mask_probabilities(config, depth)
+    return [
+        _mlae_record(model, config, index, block, target, site, counts[block], probabilities[block])
+        for block, sites in blocks
+        for target in targets
+        for site in _site(sites, sites.mlae, target)
+    ]
+
+
+def _site(sites: BlockSites, table: dict, place: str):
+    if place not in table:
+        reason = sites.refused.get(place, f"{sites.name} offers {', '.join(table) or 'no place at all'}")
+        raise ValueError(f"patch: {place} is not possible: {reason}")
+    return table[place]
+
+
+def _alore_record(
+    model: nn.Module, config: AloreConfig, index: int, block: int, location: str, site: AloreSite
+) -> AloreRecord:
+    if site.width % config.num_experts:
+        raise ValueError(
+            f"AloreConfig: num_experts must divide the width of {site.module}, {site.width}, "
+            f"got {config.num_experts}"
+        )
+    layer = model.get_submodule(site.module)
+    if site.side == "after":
+        adapter: type[Adapter] = AloreLinear
+    else:
+        adapter = AloreLayerNorm if _is_plain_layer_norm(layer) else AloreNorm
+    return AloreRecord(
+        config=index,
+        block=block,
+        role=location,
+        module=site.module,
+        linears=site.linears,
+        adapter=adapter,
+        side=site.side,
+        width=site.width,
+        num_experts=config.num_experts,
+        rank=config.rank,
+        dropout=config.dropout,
+        share_scale=config.share_scale,
+    )
+
+
+def _mlae_record(
+    model: nn.Module,
+    config: MlaeConfig,
+    index: int,
+    block: int,
+    target: str,
+    site: MlaeSite,
+    num_experts: int,
+    mask_p: float,
+) -> MlaeRecord:
+    linear = model.get_submodule(site.module)
+    return MlaeRecord(
+        config=index,
+        block=block,
+        role=target,
+        module=site.module,
+        linears=(site.module,),
+        in_features=linear.in_features,
+        out_features=linear.out_features,
+        num_experts=num_experts,
+        expert_rank=config.expert_rank,
+        coeff_init=config.coeff_init,
+        mask_p=mask_p,
+        bias_owner=site.bias_owner,
+    )
+
+
+def _is_plain_layer_norm(layer: nn.Module) -> bool:
+    """nn.LayerNorm or timm's, over the last dimension alone: what `ops.layer_norm_alore` computes."""
+    kind = type(layer)
+    is_timm = kind.__module__.startswith("timm.layers.") and kind.__name__ == "LayerNorm"
+    return (kind is nn.LayerNorm or is_timm) and len(layer.normalized_shape) == 1
+
+
+def _check_collisions(records: Sequence[AdapterRecord]) -> None:
+    """Each linear takes at most one merge: two adapters on one would make each other's merge depend on an
+    order.
+    """
+    taken: dict[str, AdapterRecord] = {}
+    for record in records:
+        for name in record.linears:
+            if name in taken:
+                raise ValueError(
+                    f"patch: {name} would be adapted twice, by {_describe(taken[name])} and {_describe(record)}; "
+                    f"methods on one model must touch different layers"
+                )
+            taken[name] = record
+
+
+def _describe(record: AdapterRecord) -> str:
+    return f"{record.method} {record.role} (config {record.config})"
+
+
+def _check_shared_scale(configs: Sequence[Config]) -> None:
+    experts = {
+        config.num_experts for config in configs if isinstance(config, AloreConfig) and config.share_scale
+    }
+    if len(experts) > 1:
+        raise ValueError(
+            f"patch: a model has one set of shared scale matrices, but the configs ask for num_experts "
+            f"{sorted(experts)}; use one number of experts, or share_scale=False"
+        )
+
+
+def _check_layers(model: nn.Module, records: Sequence[AdapterRecord]) -> None:
+    """Adapted layers and merged linears must compute what their class says, from weights that are theirs
+    alone.
+    """
+    module_uses = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
+    weight_uses = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
+    for record in records:
+        layer = model.get_submodule(record.module)
+        if "forward" in layer.__dict__:
+            raise ValueError(f"patch: {record.module} has its own forward, which would go around the adapter")
+        if module_uses[id(layer)] > 1:
+            raise ValueError(f"patch: {record.module} is registered in several places of the model")
+        if taken := [name for name in record.parameter_shapes() if hasattr(layer, name)]:
+            raise ValueError(f"patch: {record.module} already has {', '.join(taken)}")
+        for name in record.linears:
+            linear = model.get_submodule(name)
+            _check_linear(name, linear)
+            if weight_uses[id(linear.weight)] > 1 or module_uses[id(linear)] > 1:
+                raise ValueError(f"patch: the weight of {name} is used in several places of the model")
+
+
+def _check_linear(name: str, linear: nn.Linear) -> None:
+    if type(linear).forward is not nn.Linear.forward or "forward" in linear.__dict__:
+        raise ValueError(
+            f"patch: {name} must be an nn.Linear, got a {type(linear).__name__} with its own forward"
+        )
+    weight = linear._parameters.get("weight")
+    if weight is None:
+        raise ValueError(
+            f"patch: {name} must store its weight, but computes it (weight norm, parametrization)"
+        )
+    if weight.dtype not in _WEIGHT_DTYPES:
+        raise ValueError(f"patch: the weight of {name} must be one of {_WEIGHT_DTYPES}, got {weight.dtype}")
+
+
+def parameter_dtype(weight: torch.Tensor) -> torch.dtype:
+    """float64 beside a float64 weight, float32 beside any other: a 16-bit adapter would lose small updates."""
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32

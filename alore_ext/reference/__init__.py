@@ -1,0 +1,19 @@
+"""The operators of `alore_ext.ops` in plain PyTorch: same names, same signatures, written to be read.
+
+They are the oracle of the tests (call them in float64) and the definition of what the kernels compute. They
+are not fast, and they check nothing: `alore_ext.ops` does. Arithmetic is in float64 where any input is
+float64 and in float32 otherwise; the result has the dtype of `x` (or of the weight that a merge changes).
+"""
+
+from .kron import alore, kron_linear, kron_weight, layer_norm_alore, merge_kron_
+from .lora import masked_lora_linear, merge_lora_
+
+__all__ = [
+    "alore",
+    "kron_linear",
+    "kron_weight",
+    "layer_norm_alore",
+    "masked_lora_linear",
+    "merge_kron_",
+    "merge_lora_",
+]
