@@ -1,4 +1,4 @@
-// Kronecker-structured linear maps, ALoRE eq. (5): W' = sum_e kron(scale[e], down[e] @ up[e]), never built.
+// Kronecker-structured linear maps, ALoRE eq. (6): W' = sum_e kron(scale[e], down[e] @ up[e]), never built.
 //
 // A token's row is cut into s_in blocks of p_in. With x[t,a,:] block a of token t,
 //   code   Z[t,a,e,:] = x[t,a,:] @ down[e]                      [num_tokens, s_in,  num_experts * rank]
@@ -64,7 +64,8 @@ namespace alore::kernels {
 
 // ---- CUDA ---------------------------------------------------------------------------------------------------------
 
-// out = beta * out + x @ W', beta 0 or 1. x and out have shape.activation's type, contiguous.
+// out = beta * out + x @ W', beta 0 or 1. x and out have shape.activation's type, contiguous; out may be x where
+// the map is square, since a chunk's rows are all read before any is written.
 void kron_forward(const CudaContext& context, const KronShape& shape, const KronPlan& plan, const KronFactors& factors,
                   const void* x,  // [num_tokens, s_in * p_in]
                   float beta,

@@ -4,10 +4,34 @@
 
 #include <cstdint>
 
-#include "kernels/context.h"
 #include "kernels/dtype.h"
 
 namespace alore::kernels {
+
+// ---- CPU: rows [begin, end); T is float or double ------------------------------------------------------------------
+
+// Overwrites those rows of out, mean and rstd; with statistics_known, mean and rstd are read instead. out may be x.
+template <typename T>
+void layer_norm_cpu(const T* x,       // [num_tokens, embed_dim]
+                    const T* weight,  // [embed_dim] or null: ones
+                    const T* bias,    // [embed_dim] or null: zeros
+                    double eps, bool statistics_known, int64_t begin, int64_t end, int64_t embed_dim,
+                    T* mean, T* rstd,  // [num_tokens]
+                    T* out);           // [num_tokens, embed_dim]
+
+// Overwrites those rows of grad_x, which may be grad_out.
+template <typename T>
+void layer_norm_backward_cpu(const T* grad_out, const T* x, const T* weight, const T* mean, const T* rstd,
+                             int64_t begin, int64_t end, int64_t embed_dim, T* grad_x);
+
+}  // namespace alore::kernels
+
+#ifdef ALORE_WITH_CUDA
+#include "kernels/context.h"
+
+namespace alore::kernels {
+
+// ---- CUDA ----------------------------------------------------------------------------------------------------------
 
 struct LayerNormShape {
   int64_t num_tokens = 0;
@@ -46,3 +70,4 @@ void layer_norm_affine_backward(const CudaContext& context, const LayerNormShape
                                 void* partial);   // [blocks, 2, embed_dim], accumulate type of input
 
 }  // namespace alore::kernels
+#endif

@@ -1,0 +1,37 @@
+"""CUDA and C++ kernels for re-parameterisable fine-tuning of vision backbones: ALoRE and MLAE.
+
+    import alore_ext as ae
+
+    ae.patch(model, ae.AloreConfig(num_experts=4, rank=4))   # in place; only adapters and the head train
+    ...                                                      # your training loop, unchanged
+    ae.save_adapter(model, "pets.safetensors")
+    ae.merge_and_unload(model)                               # the plain backbone again, at its own speed
+"""
+
+from ._extension import build_info
+from . import ops, reference  # noqa: I001  (the extension loads first)
+from .checkpoint import adapter_state_dict, load_adapter, save_adapter
+from .config import AloreConfig, MlaeConfig
+from .merging import merge_, merge_and_unload, unmerge_
+from .patching import patch, patch_vit, unpatch
+from .summary import trainable_summary
+
+__version__ = build_info()["version"]
+
+__all__ = [
+    "AloreConfig",
+    "MlaeConfig",
+    "adapter_state_dict",
+    "build_info",
+    "load_adapter",
+    "merge_",
+    "merge_and_unload",
+    "ops",
+    "patch",
+    "patch_vit",
+    "reference",
+    "save_adapter",
+    "trainable_summary",
+    "unmerge_",
+    "unpatch",
+]

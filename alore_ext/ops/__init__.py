@@ -1,0 +1,20 @@
+"""The operators, on CPU and CUDA, with autograd, autocast and `torch.compile` support.
+
+`alore_ext.reference` holds the same functions in plain PyTorch. All of them take float64, float32, bfloat16 and
+float16 activations; low-rank factors have the activations' dtype, or float32 under 16-bit activations, and their
+gradients have their own dtype. Shape and dtype errors are `RuntimeError`s that say what was expected and what came.
+"""
+
+from .kron import alore, kron_linear, layer_norm_alore, plan_kron
+from .lora import masked_lora_linear
+from .merge import merge_kron_, merge_lora_
+
+__all__ = [
+    "alore",
+    "kron_linear",
+    "layer_norm_alore",
+    "masked_lora_linear",
+    "merge_kron_",
+    "merge_lora_",
+    "plan_kron",
+]

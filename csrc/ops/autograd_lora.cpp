@@ -1,0 +1,80 @@
+// Autograd of masked_lora_linear, and what autograd must know of the in-place merges.
+#include "ops/autograd.h"
+
+namespace alore::ops {
+namespace {
+
+class MaskedLoraLinear : public torch::autograd::Function<MaskedLoraLinear> {
+ public:
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight, const OptTensor& bias,
+                        const Tensor& lora_a, const Tensor& lora_b, const Tensor& coeff) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    ctx->save_for_backward({x, weight, lora_a, lora_b, coeff});
+    ctx->saved_data["has_bias"] = bias.has_value() && bias->defined();
+    return masked_lora_linear_op().call(x, weight, bias, lora_a, lora_b, coeff);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grad) {
+    if (!grad[0].defined()) return variable_list(6);
+    const auto saved = ctx->get_saved_variables();
+    NeededGrads needed(ctx);
+    const Mask6 mask{needed.next(), needed.next(), needed.next(ctx->saved_data["has_bias"].toBool()), needed.next(),
+                     needed.next(), needed.next()};
+    auto [dx, dweight, dbias, da, db, dcoeff] =
+        masked_lora_linear_backward_op().call(grad[0], saved[0], saved[1], saved[2], saved[3], saved[4], mask);
+    return {dx, dweight, dbias, da, db, dcoeff};
+  }
+};
+
+Tensor masked_lora_linear_autograd(const Tensor& x, const Tensor& weight, const OptTensor& bias,
+                                   const Tensor& lora_a, const Tensor& lora_b, const Tensor& coeff) {
+  return MaskedLoraLinear::apply(x, weight, bias, lora_a, lora_b, coeff);
+}
+
+T6 masked_lora_linear_backward_autograd(const Tensor& grad_out, const Tensor& x, const Tensor& weight,
+                                        const Tensor& lora_a, const Tensor& lora_b, const Tensor& coeff,
+                                        Mask6 mask) {
+  const bool again = any_requires_grad(grad_out, x, weight, lora_a, lora_b, coeff);
+  T6 grads;
+  {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    grads = masked_lora_linear_backward_op().call(grad_out, x, weight, lora_a, lora_b, coeff, mask);
+  }
+  return again ? once_differentiable("masked_lora_linear", std::move(grads)) : grads;
+}
+
+template <typename... Tensors>
+void refuse_recording(const char* op, const Tensors&... tensors) {
+  TORCH_CHECK(!any_requires_grad(tensors...), op, ": merging is not differentiable; call it under torch.no_grad()");
+}
+
+void merge_kron_autograd(const Tensor& weight, const OptTensor& bias, const Tensor& scale, const Tensor& down,
+                         const Tensor& up, std::string_view side) {
+  refuse_recording("merge_kron_", weight, bias, scale, down, up);
+  {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    merge_kron__op().call(weight, bias, scale, down, up, side);
+  }
+  torch::autograd::impl::bump_version(weight);
+  if (bias.has_value() && bias->defined()) torch::autograd::impl::bump_version(*bias);
+}
+
+void merge_lora_autograd(const Tensor& weight, const Tensor& lora_a, const Tensor& lora_b, const Tensor& coeff) {
+  refuse_recording("merge_lora_", weight, lora_a, lora_b, coeff);
+  {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    merge_lora__op().call(weight, lora_a, lora_b, coeff);
+  }
+  torch::autograd::impl::bump_version(weight);
+}
+
+}  // namespace
+}  // namespace alore::ops
+
+TORCH_LIBRARY_IMPL(alore_ext, Autograd, m) {
+  using namespace alore::ops;
+  m.impl("masked_lora_linear", masked_lora_linear_autograd);
+  m.impl("masked_lora_linear_backward", masked_lora_linear_backward_autograd);
+  m.impl("merge_kron_", merge_kron_autograd);
+  m.impl("merge_lora_", merge_lora_autograd);
+}

@@ -1,0 +1,34 @@
+// What the backends' primitives take and return.
+#pragma once
+
+#include "ops/common.h"
+
+namespace alore::ops {
+
+struct Factors {
+  const Tensor& scale;
+  const Tensor& down;
+  const Tensor& up;
+};
+
+struct FactorGrads {
+  Tensor scale, down, up;
+};
+
+inline Tensor zeros_contiguous(const Tensor& t) { return at::zeros_like(t, {}, at::MemoryFormat::Contiguous); }
+
+inline FactorGrads zero_grads(Factors f) {
+  return {zeros_contiguous(f.scale), zeros_contiguous(f.down), zeros_contiguous(f.up)};
+}
+
+struct Lora {
+  const Tensor& a;      // [R, in_features]
+  const Tensor& b;      // [out_features, R]
+  const Tensor& coeff;  // [R]
+};
+
+struct LoraGrads {
+  Tensor a, b, coeff;
+};
+
+}  // namespace alore::ops

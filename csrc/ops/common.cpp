@@ -1,0 +1,223 @@
+#include "ops/common.h"
+
+namespace alore::ops {
+namespace {
+
+bool is_half(at::ScalarType t) { return t == at::kBFloat16 || t == at::kHalf; }
+
+bool is_supported(at::ScalarType t) { return is_half(t) || t == at::kFloat || t == at::kDouble; }
+
+void check_activation(const char* op, const Tensor& x) {
+  TORCH_CHECK(is_supported(x.scalar_type()), op, ": x must be float64, float32, bfloat16 or float16, got ",
+              x.scalar_type());
+  TORCH_CHECK(x.dim() >= 1, op, ": x must have at least one axis, got a scalar");
+}
+
+void check_device(const char* op, const char* name, const Tensor& t, const Tensor& x) {
+  TORCH_CHECK(t.device() == x.device(), op, ": ", name, " must be on x's device ", x.device(), ", got ", t.device());
+  TORCH_CHECK(t.layout() == at::kStrided, op, ": ", name, " must be a dense tensor, got layout ", t.layout());
+}
+
+// Factors are in x's dtype, or in float32 under a 16-bit x.
+void check_factor_dtype(const char* op, const char* name, at::ScalarType got, at::ScalarType x) {
+  TORCH_CHECK(got == x || (is_half(x) && got == at::kFloat), op, ": ", name, " must be ", x,
+              is_half(x) ? " (x's dtype) or Float" : " (x's dtype)", ", got ", got);
+}
+
+void check_same_dtype(const char* op, const char* name, const Tensor& t, const char* other_name, const Tensor& other) {
+  TORCH_CHECK(t.scalar_type() == other.scalar_type(), op, ": ", name, " must have ", other_name, "'s dtype ",
+              other.scalar_type(), ", got ", t.scalar_type());
+}
+
+void check_kron_factors(const char* op, const Tensor& scale, const Tensor& down, const Tensor& up) {
+  TORCH_CHECK(scale.dim() == 3, op, ": scale must be [num_experts, s_in, s_out], got ", scale.sym_sizes());
+  TORCH_CHECK(down.dim() == 3, op, ": down must be [num_experts, p_in, rank], got ", down.sym_sizes());
+  TORCH_CHECK(up.dim() == 3, op, ": up must be [num_experts, rank, p_out], got ", up.sym_sizes());
+  for (const auto& [name, t] : {std::pair{"scale", &scale}, {"down", &down}, {"up", &up}}) {
+    TORCH_CHECK(t->sym_size(0) > 0 && t->sym_size(1) > 0 && t->sym_size(2) > 0, op, ": ", name,
+                " must have no empty axis, got ", t->sym_sizes());
+  }
+  TORCH_CHECK(down.sym_size(0) == scale.sym_size(0) && up.sym_size(0) == scale.sym_size(0), op,
+              ": scale, down and up must agree in num_experts (their first axis), got ", scale.sym_size(0), ", ",
+              down.sym_size(0), " and ", up.sym_size(0));
+  TORCH_CHECK(down.sym_size(2) == up.sym_size(1), op, ": down and up must agree in rank, got down ",
+              down.sym_sizes(), " and up ", up.sym_sizes());
+  check_same_dtype(op, "down", down, "scale", scale);
+  check_same_dtype(op, "up", up, "scale", scale);
+}
+
+void check_optional_vector(const char* op, const char* name, const OptTensor& v, const c10::SymInt& size,
+                           const Tensor& x) {
+  if (!v.has_value() || !v->defined()) return;
+  TORCH_CHECK(v->dim() == 1 && v->sym_size(0) == size, op, ": ", name, " must be [", size, "], got ",
+              v->sym_sizes());
+  check_device(op, name, *v, x);
+}
+
+void check_lora_factors(const char* op, const Tensor& weight, const Tensor& lora_a, const Tensor& lora_b,
+                        const Tensor& coeff) {
+  TORCH_CHECK(weight.dim() == 2, op, ": weight must be [out_features, in_features], got ", weight.sym_sizes());
+  TORCH_CHECK(lora_a.dim() == 2 && lora_a.sym_size(1) == weight.sym_size(1) && lora_a.sym_size(0) > 0, op,
+              ": lora_a must be [R, in_features]=[R, ", weight.sym_size(1), "] with R > 0, got ", lora_a.sym_sizes());
+  const c10::SymInt rank = lora_a.sym_size(0);
+  TORCH_CHECK(lora_b.dim() == 2 && lora_b.sym_size(0) == weight.sym_size(0) && lora_b.sym_size(1) == rank, op,
+              ": lora_b must be [out_features, R]=[", weight.sym_size(0), ", ", rank, "], got ", lora_b.sym_sizes());
+  TORCH_CHECK(coeff.dim() == 1 && coeff.sym_size(0) == rank, op, ": coeff must be [R]=[", rank, "], got ",
+              coeff.sym_sizes());
+  check_same_dtype(op, "lora_b", lora_b, "lora_a", lora_a);
+  check_same_dtype(op, "coeff", coeff, "lora_a", lora_a);
+  check_device(op, "lora_a", lora_a, weight);
+  check_device(op, "lora_b", lora_b, weight);
+  check_device(op, "coeff", coeff, weight);
+}
+
+void check_merge_target(const char* op, const Tensor& weight) {
+  TORCH_CHECK(weight.dim() == 2, op, ": weight must be [out_features, in_features], got ", weight.sym_sizes());
+  TORCH_CHECK(is_supported(weight.scalar_type()), op,
+              ": weight must be float64, float32, bfloat16 or float16, got ", weight.scalar_type());
+}
+
+void check_floating(const char* op, const char* name, const Tensor& t) {
+  TORCH_CHECK(is_supported(t.scalar_type()), op, ": ", name,
+              " must be float64, float32, bfloat16 or float16, got ", t.scalar_type());
+}
+
+}  // namespace
+
+kernels::DType kernel_dtype(at::ScalarType type) {
+  switch (type) {
+    case at::kDouble:
+      return kernels::DType::kFloat64;
+    case at::kFloat:
+      return kernels::DType::kFloat32;
+    case at::kBFloat16:
+      return kernels::DType::kBFloat16;
+    case at::kHalf:
+      return kernels::DType::kFloat16;
+    default:
+      TORCH_CHECK(false, "alore_ext: no kernel for dtype ", type);
+  }
+}
+
+at::ScalarType accumulate_type(at::ScalarType type) { return type == at::kDouble ? at::kDouble : at::kFloat; }
+
+Tensor flatten_tokens(const Tensor& x) {
+  const int64_t width = x.size(-1);
+  return x.contiguous().view({width == 0 ? 0 : x.numel() / width, width});
+}
+
+void check_kron(const char* op, const Tensor& x, const Tensor& scale, const Tensor& down, const Tensor& up,
+                Width width_rule) {
+  check_activation(op, x);
+  check_kron_factors(op, scale, down, up);
+  check_factor_dtype(op, "scale", scale.scalar_type(), x.scalar_type());
+  check_device(op, "scale", scale, x);
+  check_device(op, "down", down, x);
+  check_device(op, "up", up, x);
+  const c10::SymInt width = scale.sym_size(1) * down.sym_size(1);
+  TORCH_CHECK(x.sym_size(-1) == width, op, ": the last axis of x must be s_in * p_in = ", scale.sym_size(1), " * ",
+              down.sym_size(1), " = ", width, ", got ", x.sym_sizes());
+  if (width_rule == Width::kResidual) {
+    const c10::SymInt out = scale.sym_size(2) * up.sym_size(2);
+    TORCH_CHECK(out == width, op, ": adds its result to x, so s_out * p_out must be ", width, ", got ",
+                scale.sym_size(2), " * ", up.sym_size(2), " = ", out);
+  }
+}
+
+void check_dropout(const char* op, const Tensor& x, const OptTensor& seed, double p) {
+  TORCH_CHECK(p >= 0.0 && p < 1.0, op, ": dropout_p must be in [0, 1), got ", p);
+  if (p == 0.0) return;
+  TORCH_CHECK(seed.has_value() && seed->defined(), op, ": dropout_p = ", p, " needs a seed tensor, got none");
+  TORCH_CHECK(seed->scalar_type() == at::kLong && seed->sym_numel() == 1, op,
+              ": seed must be one int64, got ", seed->scalar_type(), " ", seed->sym_sizes());
+  check_device(op, "seed", *seed, x);
+}
+
+void check_layer_norm(const char* op, const Tensor& x, const OptTensor& weight, const OptTensor& bias, double eps,
+                      std::optional<at::ScalarType> out_dtype) {
+  const c10::SymInt width = x.sym_size(-1);
+  check_optional_vector(op, "weight", weight, width, x);
+  check_optional_vector(op, "bias", bias, width, x);
+  for (const auto& [name, v] : {std::pair{"weight", &weight}, {"bias", &bias}}) {
+    if (v->has_value() && (*v)->defined()) check_factor_dtype(op, name, (*v)->scalar_type(), x.scalar_type());
+  }
+  if (weight.has_value() && weight->defined() && bias.has_value() && bias->defined()) {
+    check_same_dtype(op, "bias", *bias, "weight", *weight);
+  }
+  TORCH_CHECK(eps >= 0.0, op, ": eps must not be negative, got ", eps);
+  if (out_dtype.has_value()) {
+    TORCH_CHECK(*out_dtype == x.scalar_type() || (x.scalar_type() == at::kFloat && is_half(*out_dtype)), op,
+                ": out_dtype must be x's dtype, or 16-bit for a Float x; got ", *out_dtype, " for ", x.scalar_type());
+  }
+}
+
+void check_lora(const char* op, const Tensor& x, const Tensor& weight, const OptTensor& bias, const Tensor& lora_a,
+                const Tensor& lora_b, const Tensor& coeff) {
+  check_activation(op, x);
+  check_device(op, "weight", weight, x);
+  check_lora_factors(op, weight, lora_a, lora_b, coeff);
+  TORCH_CHECK(x.sym_size(-1) == weight.sym_size(1), op, ": the last axis of x must be in_features=",
+              weight.sym_size(1), ", got ", x.sym_sizes());
+  check_same_dtype(op, "weight", weight, "x", x);
+  check_optional_vector(op, "bias", bias, weight.sym_size(0), x);
+  if (bias.has_value() && bias->defined()) check_same_dtype(op, "bias", *bias, "x", x);
+  check_factor_dtype(op, "lora_a", lora_a.scalar_type(), x.scalar_type());
+}
+
+void check_merge_kron(const Tensor& weight, const OptTensor& bias, const Tensor& scale, const Tensor& down,
+                      const Tensor& up, std::string_view side) {
+  constexpr const char* op = "merge_kron_";
+  check_merge_target(op, weight);
+  TORCH_CHECK(side == "before" || side == "after", op, ": side must be \"before\" or \"after\", got \"", side, "\"");
+  check_kron_factors(op, scale, down, up);
+  check_floating(op, "scale", scale);
+  check_device(op, "scale", scale, weight);
+  check_device(op, "down", down, weight);
+  check_device(op, "up", up, weight);
+  const bool before = side == "before";
+  const c10::SymInt dim = weight.sym_size(before ? 1 : 0);
+  const c10::SymInt in = scale.sym_size(1) * down.sym_size(1), out = scale.sym_size(2) * up.sym_size(2);
+  TORCH_CHECK(in == dim && out == dim, op, ": the adapter must be square on weight's ",
+              before ? "in_features=" : "out_features=", dim, ", got ", in, " -> ", out);
+  check_optional_vector(op, "bias", bias, weight.sym_size(0), weight);
+  if (bias.has_value() && bias->defined()) check_floating(op, "bias", *bias);
+}
+
+void check_merge_lora(const Tensor& weight, const Tensor& lora_a, const Tensor& lora_b, const Tensor& coeff) {
+  check_merge_target("merge_lora_", weight);
+  check_lora_factors("merge_lora_", weight, lora_a, lora_b, coeff);
+  check_floating("merge_lora_", "lora_a", lora_a);
+}
+
+void check_grad(const char* op, const Tensor& grad_out, c10::SymIntArrayRef sizes, const Tensor& like,
+                at::ScalarType dtype) {
+  TORCH_CHECK(grad_out.sym_sizes() == sizes, op, ": grad_out must be ", sizes, ", got ", grad_out.sym_sizes());
+  TORCH_CHECK(grad_out.scalar_type() == dtype, op, ": grad_out must be ", dtype, ", got ", grad_out.scalar_type());
+  check_device(op, "grad_out", grad_out, like);
+}
+
+std::vector<c10::SymInt> kron_output_sizes(const Tensor& x, const Tensor& scale, const Tensor& up) {
+  std::vector<c10::SymInt> sizes = x.sym_sizes().vec();
+  sizes.back() = scale.sym_size(2) * up.sym_size(2);
+  return sizes;
+}
+
+std::vector<c10::SymInt> lora_output_sizes(const Tensor& x, const Tensor& weight) {
+  std::vector<c10::SymInt> sizes = x.sym_sizes().vec();
+  sizes.back() = weight.sym_size(0);
+  return sizes;
+}
+
+kernels::KronShape kron_shape(const Tensor& x2d, const Tensor& scale, const Tensor& down, const Tensor& up) {
+  return {.num_tokens = x2d.size(0),
+          .num_experts = scale.size(0),
+          .s_in = scale.size(1),
+          .s_out = scale.size(2),
+          .p_in = down.size(1),
+          .p_out = up.size(2),
+          .rank = down.size(2),
+          .activation = kernel_dtype(x2d.scalar_type()),
+          .factor = kernel_dtype(scale.scalar_type())};
+}
+
+}  // namespace alore::ops

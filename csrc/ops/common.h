@@ -1,0 +1,50 @@
+// Shared by the ops: what a call's tensors must look like, and what they become before a kernel sees them.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <torch/library.h>
+
+#include <string_view>
+
+#include "kernels/plan.h"
+
+namespace alore::ops {
+
+using at::Tensor;
+using OptTensor = std::optional<Tensor>;
+
+kernels::DType kernel_dtype(at::ScalarType type);
+
+// float64 for float64, else float32.
+at::ScalarType accumulate_type(at::ScalarType type);
+
+// x flattened to [num_tokens, x.size(-1)], contiguous. Works for 0 tokens.
+Tensor flatten_tokens(const Tensor& x);
+
+// ---- Checks: the same on CPU, CUDA and Meta, so that a call which fails on one fails on all -----------------------
+
+// A residual map (alore, layer_norm_alore) must be as wide at its output as at its input.
+enum class Width { kAny, kResidual };
+
+void check_kron(const char* op, const Tensor& x, const Tensor& scale, const Tensor& down, const Tensor& up,
+                Width width);
+void check_dropout(const char* op, const Tensor& x, const OptTensor& seed, double p);
+void check_layer_norm(const char* op, const Tensor& x, const OptTensor& weight, const OptTensor& bias, double eps,
+                      std::optional<at::ScalarType> out_dtype);
+void check_lora(const char* op, const Tensor& x, const Tensor& weight, const OptTensor& bias, const Tensor& lora_a,
+                const Tensor& lora_b, const Tensor& coeff);
+void check_merge_kron(const Tensor& weight, const OptTensor& bias, const Tensor& scale, const Tensor& down,
+                      const Tensor& up, std::string_view side);
+void check_merge_lora(const Tensor& weight, const Tensor& lora_a, const Tensor& lora_b, const Tensor& coeff);
+
+// grad_out must look like the forward's output.
+void check_grad(const char* op, const Tensor& grad_out, c10::SymIntArrayRef sizes, const Tensor& like,
+                at::ScalarType dtype);
+
+// x's sizes with the last one replaced by that of the Kronecker map's output.
+std::vector<c10::SymInt> kron_output_sizes(const Tensor& x, const Tensor& scale, const Tensor& up);
+std::vector<c10::SymInt> lora_output_sizes(const Tensor& x, const Tensor& weight);
+
+kernels::KronShape kron_shape(const Tensor& x2d, const Tensor& scale, const Tensor& down, const Tensor& up);
+
+}  // namespace alore::ops

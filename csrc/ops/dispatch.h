@@ -1,0 +1,50 @@
+// Typed handles to the ops themselves, for code that calls one from above the backends (autograd, autocast).
+#pragma once
+
+#include <ATen/core/dispatch/Dispatcher.h>
+
+#include "ops/common.h"
+
+namespace alore::ops {
+
+template <typename Signature>
+auto typed_op(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+// One handle per op, looked up once: at batch 32 a step makes dozens of these calls.
+#define ALORE_OP(name, ...)                                                      \
+  inline const auto& name##_op() {                                               \
+    static const auto op = typed_op<__VA_ARGS__>("alore_ext::" #name);           \
+    return op;                                                                   \
+  }
+
+using Mask4 = std::array<bool, 4>;
+using Mask6 = std::array<bool, 6>;
+using T4 = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using T6 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+ALORE_OP(kron_linear, Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&))
+ALORE_OP(kron_linear_backward,
+         T4(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, Mask4))
+ALORE_OP(alore, Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptTensor&, double))
+ALORE_OP(alore_backward, T4(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                            const OptTensor&, double, Mask4))
+ALORE_OP(layer_norm_alore,
+         std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const OptTensor&, const OptTensor&, double, const Tensor&,
+                                            const Tensor&, const Tensor&, const OptTensor&, double,
+                                            std::optional<at::ScalarType>))
+ALORE_OP(layer_norm_alore_backward,
+         T6(const Tensor&, const Tensor&, const OptTensor&, const OptTensor&, const Tensor&, const Tensor&,
+            const Tensor&, const Tensor&, const Tensor&, const OptTensor&, double, Mask6))
+ALORE_OP(masked_lora_linear, Tensor(const Tensor&, const Tensor&, const OptTensor&, const Tensor&, const Tensor&,
+                                    const Tensor&))
+ALORE_OP(masked_lora_linear_backward, T6(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                         const Tensor&, Mask6))
+ALORE_OP(merge_kron_, void(const Tensor&, const OptTensor&, const Tensor&, const Tensor&, const Tensor&,
+                           std::string_view))
+ALORE_OP(merge_lora_, void(const Tensor&, const Tensor&, const Tensor&, const Tensor&))
+
+#undef ALORE_OP
+
+}  // namespace alore::ops

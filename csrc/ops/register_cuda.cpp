@@ -1,0 +1,7 @@
+#include "ops/backend_cuda.h"
+#include "ops/ops.h"
+
+TORCH_LIBRARY_IMPL(alore_ext, CUDA, m) {
+  alore::ops::register_ops<alore::ops::CudaBackend>(m);
+  alore::ops::register_merges(m);
+}
