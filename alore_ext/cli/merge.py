@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise InputError(f"--output: there is no folder {output.parent}")
     source = resolve(arguments)
     # load_adapter puts the file's own classifier in, whatever its size.
-    model, spec = load_model(source, num_classes=len(source.class_names or "ab"))
+    model, spec = load_model(source, num_classes=len(source.class_names or (0, 1)))
     seed_everything(0)
     images = torch.randn(_PROBE_IMAGES, len(spec.mean), spec.size, spec.size)
     with torch.no_grad():

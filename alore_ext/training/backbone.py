@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ def build_backbone(
     img_size: int | None = None,
     pretrained: bool = False,
     weights: str | None = None,
+    keep_classifier: bool = False,
 ) -> nn.Module:
     """A backbone with a fresh classifier of ``num_classes``.
 
@@ -31,18 +33,19 @@ def build_backbone(
         img_size: side of the square input, where the architecture depends on it; None for its own.
         pretrained: timm's weights for the name (a download), or the bundled ones.
         weights: a ``.safetensors`` or ``.pth`` file instead, see `load_weights`.
+        keep_classifier: take the classifier from ``weights`` too.
 
     Raises:
         InputError: unknown name, an input size it cannot take, or weights that do not fit.
     """
     if weights is not None and not Path(weights).is_file():
         raise InputError(f"--weights: {weights} does not exist")
-    if name == BUNDLED:
-        model = _bundled(num_classes, img_size, pretrained and weights is None)
-    else:
-        model = _timm_model(name, num_classes, img_size, pretrained and weights is None)
+    build = _bundled if name == BUNDLED else partial(_timm_model, name)
+    model = build(num_classes, img_size, pretrained and weights is None)
     if weights is not None:
-        load_weights(model, weights)
+        load_weights(model, weights, keep_classifier)
+    if not keep_classifier:
+        model.reset_classifier(num_classes)  # classes of the same number need not be the same classes
     return model
 
 
@@ -85,11 +88,10 @@ def input_spec(model: nn.Module, img_size: int | None) -> InputSpec:
     return InputSpec(size, tuple(config["mean"]), tuple(config["std"]))
 
 
-def load_weights(model: nn.Module, file: str) -> None:
-    """Load a state dict into the backbone, all but the classifier.
+def load_weights(model: nn.Module, file: str, with_classifier: bool = False) -> None:
+    """Load a state dict into the backbone, with or without the classifier.
 
-    Position embeddings and the like are adapted by the architecture's own ``checkpoint_filter_fn`` of timm. A
-    classifier in the file is taken only if it has the model's number of classes.
+    Position embeddings and the like are adapted by the architecture's own ``checkpoint_filter_fn`` of timm.
 
     Raises:
         InputError: not a state dict, or one of another architecture: names the first keys that do not fit.
@@ -107,13 +109,11 @@ def load_weights(model: nn.Module, file: str) -> None:
                 f"--weights: {file} does not convert to {type(model).__name__}: {_first_line(error)}"
             ) from error
     own = model.state_dict()
-    heads = _classifier_prefixes(model)
-    state = {
-        name: value
-        for name, value in state.items()
-        if not name.startswith(heads) or (name in own and value.shape == own[name].shape)
-    }
-    missing = [name for name in own if name not in state and not name.startswith(heads)]
+    if not with_classifier:
+        heads = _classifier_prefixes(model)
+        own = {name: value for name, value in own.items() if not name.startswith(heads)}
+        state = {name: value for name, value in state.items() if not name.startswith(heads)}
+    missing = [name for name in own if name not in state]
     unexpected = [name for name in state if name not in own]
     shapes = [
         f"{name} is {list(state[name].shape)}, expected {list(own[name].shape)}"

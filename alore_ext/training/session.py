@@ -324,8 +324,7 @@ def _config(settings: Settings, data: Data, spec: InputSpec) -> dict:
 def _save(model: nn.Module, settings: Settings, folder: Path) -> Path:
     if settings.method in ADAPTER_METHODS:
         file = folder / ADAPTER_FILE
-        write_atomic(file, lambda temporary: alore_ext.save_adapter(model, temporary))
-        return file
+        return alore_ext.save_adapter(model, file)  # atomic by itself
     from safetensors.torch import save_file
 
     file = folder / MODEL_FILE
