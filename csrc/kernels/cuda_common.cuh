@@ -26,14 +26,15 @@ inline void check_launch(const char* kernel) { check(cudaGetLastError(), kernel)
 template <typename T>
 using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
+// Rounds to nearest even. 16-bit types go through float explicitly: torch's build flags switch their implicit conversions off.
 template <typename To, typename From>
 __device__ __forceinline__ To convert(From v) {
   if constexpr (std::is_same_v<To, From>) {
     return v;
   } else if constexpr (std::is_same_v<From, __nv_bfloat16>) {
-    return static_cast<To>(__bfloat162float(v));
+    return convert<To>(__bfloat162float(v));
   } else if constexpr (std::is_same_v<From, __half>) {
-    return static_cast<To>(__half2float(v));
+    return convert<To>(__half2float(v));
   } else if constexpr (std::is_same_v<To, __nv_bfloat16>) {
     return __float2bfloat16(static_cast<float>(v));
   } else if constexpr (std::is_same_v<To, __half>) {
