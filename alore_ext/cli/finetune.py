@@ -9,7 +9,7 @@ from pathlib import Path
 
 from alore_ext.training.backbone import BUNDLED
 from alore_ext.training.data import load_data
-from alore_ext.training.errors import InputError, Interrupted
+from alore_ext.training.errors import InputError, Interrupted, require
 from alore_ext.training.recipe import METHODS, Recipe, default_recipe, demo_recipe
 from alore_ext.training.session import (
     ADAPTER_METHODS,
@@ -125,6 +125,8 @@ def add_parser(commands) -> argparse.ArgumentParser:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    for package in ("timm", "tqdm", "matplotlib"):
+        require(package)  # now, not when the plot is due
     use_deterministic(not arguments.no_deterministic)
     device = pick_device(arguments.device)
     out = Path(arguments.out or _DEMO_FOLDER)

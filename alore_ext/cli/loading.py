@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import nn
 
 import alore_ext
-from alore_ext.training.backbone import BUNDLED, build_backbone, input_spec
+from alore_ext.training.backbone import BUNDLED, build_backbone, check_input, input_spec
 from alore_ext.training.data import Data, load_data
 from alore_ext.training.errors import InputError
 from alore_ext.training.loader import InputSpec
@@ -114,6 +114,7 @@ def load_model(source: Source, num_classes: int) -> tuple[nn.Module, InputSpec]:
         keep_classifier=source.adapter is None,
     )
     spec = input_spec(model, source.img_size)
+    check_input(model, spec, num_classes)
     if source.adapter:
         with usage_errors():
             alore_ext.load_adapter(model, source.adapter)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .errors import InputError, require
 from .loader import InputSpec
 
-__all__ = ["BUNDLED", "build_backbone", "input_spec", "load_weights"]
+__all__ = ["BUNDLED", "build_backbone", "check_input", "input_spec", "load_weights"]
 
 BUNDLED = "tiny_vit"
 
@@ -86,6 +86,29 @@ def input_spec(model: nn.Module, img_size: int | None) -> InputSpec:
     built_for = getattr(getattr(model, "patch_embed", None), "img_size", None)  # it will take no other
     size = built_for[-1] if built_for else img_size or config["input_size"][-1]
     return InputSpec(size, tuple(config["mean"]), tuple(config["std"]))
+
+
+@torch.no_grad()
+def check_input(model: nn.Module, spec: InputSpec, num_classes: int) -> None:
+    """Run one blank image through the model, on CPU in eval mode: better now than after the data are loaded.
+
+    Raises:
+        InputError: it takes no such image, or does not give ``num_classes`` logits.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        logits = model(torch.zeros(1, len(spec.mean), spec.size, spec.size))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise InputError(
+            f"--img-size: {type(model).__name__} takes no {spec.size}x{spec.size} image: {_first_line(error)}"
+        ) from error
+    finally:
+        model.train(was_training)
+    if not isinstance(logits, Tensor) or logits.shape != (1, num_classes):
+        raise InputError(
+            f"--model: {type(model).__name__} does not end in a classifier of {num_classes} classes"
+        )
 
 
 def load_weights(model: nn.Module, file: str, with_classifier: bool = False) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 
 import alore_ext
 
-from .backbone import BUNDLED, build_backbone, input_spec
+from .backbone import BUNDLED, build_backbone, check_input, input_spec
 from .data import Data, load_data
 from .errors import InputError, Interrupted
 from .loader import InputSpec, make_loader
@@ -146,6 +146,7 @@ def run(
     )
     total = sum(parameter.numel() for parameter in model.parameters())
     spec = input_spec(model, settings.img_size)
+    check_input(model, spec, data.num_classes)
     _apply_method(model, settings)
     model.to(device)
     folder.mkdir(parents=True, exist_ok=True)

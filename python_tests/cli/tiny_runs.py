@@ -1,0 +1,15 @@
+"""Options of runs that take a second, and how to read what they leave and print."""
+
+import json
+import re
+
+VIT = ("--model", "test_vit", "--random-init", "--img-size", "32")
+QUICK = ("--epochs", "3", "--warmup-epochs", "1", "--batch-size", "16")
+
+
+def accuracy_printed(capsys):
+    return float(re.search(r"accuracy ([\d.]+) %", capsys.readouterr().out)[1])
+
+
+def result_of(folder):
+    return json.loads((folder / "result.json").read_text())
