@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .config import Config, config_from_dict
-from .fingerprint import Fingerprint, difference, fingerprint
+from .fingerprint import Fingerprint, difference, fingerprint, parse_fingerprint
 from .patching.apply import apply_plan, check_unpatched, empty_parameters
 from .patching.attaching import undo_on_error
 from .patching.plan import make_plan
@@ -168,9 +168,17 @@ def read_adapter(path: str | os.PathLike) -> AdapterFile:
         )
     try:
         configs = tuple(config_from_dict(fields) for fields in json.loads(metadata["configs"]))
-        head_names, base = tuple(json.loads(metadata["head"])), json.loads(metadata["base"])
-        return AdapterFile(path, metadata["family"], configs, head_names, base, tensors)
-    except (KeyError, TypeError, ValueError) as error:
+        if not configs:
+            raise ValueError("expected at least one config")
+        return AdapterFile(
+            path=path,
+            family=metadata["family"],
+            configs=configs,
+            head_names=tuple(json.loads(metadata["head"])),
+            base=parse_fingerprint(metadata["base"]),
+            tensors=tensors,
+        )
+    except (LookupError, TypeError, ValueError) as error:
         raise ValueError(f"load_adapter: {path}: damaged metadata: {error!r}") from None
 
 
@@ -186,7 +194,7 @@ def _load_on_plain(model: nn.Module, file: AdapterFile) -> None:
     with undo_on_error() as on_error:
         _restore_head(model, file, on_error)
         for name, parameter in parameters.items():
-            parameter.data.copy_(values[name])
+            _copy_(parameter, values[name])
         apply_plan(model, plan, parameters)
 
 
@@ -206,8 +214,8 @@ def _load_on_patched(model: nn.Module, state: PatchState, file: AdapterFile) -> 
         _restore_head(model, file, on_error)
         for name, parameter in parameters.items():
             before = parameter.detach().clone()
-            on_error(lambda parameter=parameter, before=before: parameter.data.copy_(before))
-            parameter.data.copy_(values[name])
+            on_error(lambda parameter=parameter, before=before: _copy_(parameter, before))
+            _copy_(parameter, values[name])
 
 
 def _check_base(model: nn.Module, state: PatchState, file: AdapterFile) -> None:
@@ -251,8 +259,13 @@ def _restore_head(model: nn.Module, file: AdapterFile, on_error) -> None:
             own = dict(module._parameters)
         for key, tensor in tensors.items():
             before = own[key].detach().clone()
-            on_error(lambda target=own[key], before=before: target.data.copy_(before))
-            own[key].data.copy_(tensor)
+            on_error(lambda target=own[key], before=before: _copy_(target, before))
+            _copy_(own[key], tensor)
+
+
+@torch.no_grad()
+def _copy_(target: Tensor, value: Tensor) -> None:
+    target.copy_(value)
 
 
 def _replace_linear(

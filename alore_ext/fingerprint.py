@@ -8,6 +8,7 @@ one base match, and two bases of one architecture do not.
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -19,6 +20,7 @@ from .patching.state import PatchState
 Fingerprint = dict[str, list[Any]]  # name -> [shape, [cosine projection, sine projection, norm]]
 
 _SAMPLE_SIZE = 512
+_SKETCH_SIZE = 3
 # Rounding to bfloat16 moves a value by at most 2^-9 of it, and a projection by about 2^-10 of the sample's
 # norm; another base moves it by about the norm itself. float16 cannot hold values below 2^-24 and moves those
 # by up to 2^-25 each.
@@ -34,6 +36,17 @@ def fingerprint(model: nn.Module, state: PatchState) -> Fingerprint:
         name: [list(tensor.shape), _sketch(tensor)]
         for name, tensor in model.state_dict().items()
         if name not in adapters and not state.is_head(name)
+    }
+
+
+def parse_fingerprint(text: str) -> Fingerprint:
+    """The fingerprint that `json.dumps` wrote.
+
+    Raises ValueError, TypeError or LookupError for any other text.
+    """
+    return {
+        name: [[int(size) for size in shape], [float(sketch[i]) for i in range(_SKETCH_SIZE)]]
+        for name, (shape, sketch) in dict(json.loads(text)).items()
     }
 
 

@@ -12,15 +12,11 @@ from .state import PatchState
 
 
 @contextlib.contextmanager
-def undo_on_error() -> Iterator[Callable[[Callable[[], object]], None]]:
+def undo_on_error() -> Iterator[Callable[[Callable[[], object]], object]]:
     """Gives a function that notes how to undo a step; runs the notes backwards if the block raises."""
-    undo: list[Callable[[], object]] = []
-    try:
-        yield undo.append
-    except BaseException:
-        for step in reversed(undo):
-            step()
-        raise
+    with contextlib.ExitStack() as undo:
+        yield undo.callback
+        undo.pop_all()
 
 
 def attach_all(
@@ -33,8 +29,8 @@ def attach_all(
             on_error(lambda: model._parameters.pop(SHARED_SCALE))
         for record in records:
             own = {name: parameters[f"{record.module}.{name}"] for name in record.parameter_shapes()}
-            record.attach(model, own)
             on_error(lambda record=record: record.detach(model))
+            record.attach(model, own)
 
 
 def detach_all(model: nn.Module, state: PatchState) -> dict[str, nn.Parameter]:

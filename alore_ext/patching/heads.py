@@ -7,24 +7,28 @@ from collections.abc import Iterable
 from torch import nn
 
 
-def find_head_names(model: nn.Module, backbone: str, head: str | Iterable[str] | None) -> tuple[str, ...]:
+def find_head_names(
+    model: nn.Module, backbone: str, adapted: Iterable[str], head: str | Iterable[str] | None
+) -> tuple[str, ...]:
     """Names of the classifier's modules.
 
     Args:
         model: the model given to `patch`.
         backbone: name of the submodule that holds the blocks ("" for the model itself).
+        adapted: names of layers that the head must keep clear of: they stay frozen.
         head: the user's own answer, a module's name or several; None asks `get_classifier`.
 
     Raises:
-        ValueError: a name that is no module, a head that contains the blocks, or a model with parts around
-            the backbone and no `get_classifier`, where a trainable part could be frozen unseen.
+        ValueError: a name that is no module, a head that contains adapted layers, or a model with parts
+            around the backbone and no `get_classifier`, where a trainable part could be frozen unseen.
     """
     names = _classifier_names(model, backbone) if head is None else _given_names(model, head)
-    around_blocks = [name for name in names if name == "" or f"{backbone}.".startswith(f"{name}.")]
-    if around_blocks:
-        raise ValueError(
-            f"patch: head {around_blocks[0]!r} contains the backbone's blocks; expected a classifier"
-        )
+    for layer in adapted:
+        for name in names:
+            if f"{layer}.".startswith(f"{name}."):
+                raise ValueError(
+                    f"patch: head {name!r} contains the adapted layer {layer}; expected a classifier"
+                )
     return names
 
 

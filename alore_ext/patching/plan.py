@@ -65,9 +65,9 @@ def make_plan(
     _check_collisions(records)
     _check_shared_scale(configs)
     _check_layers(model, records)
-    return PatchPlan(
-        structure.family, configs, tuple(records), find_head_names(model, structure.backbone, head)
-    )
+    adapted = [name for record in records for name in (record.module, *record.linears)]
+    head_names = find_head_names(model, structure.backbone, adapted, head)
+    return PatchPlan(structure.family, configs, tuple(records), head_names)
 
 
 def _check_model(model: nn.Module) -> None:
@@ -195,7 +195,7 @@ def _check_collisions(records: Sequence[AdapterRecord]) -> None:
         for name in record.linears:
             if name in taken:
                 raise ValueError(
-                    f"patch: {name} would be adapted twice, by {_describe(taken[name])} and {_describe(record)}; "
+                    f"patch: {name} is adapted twice, by {_describe(taken[name])} and {_describe(record)}; "
                     f"methods on one model must touch different layers"
                 )
             taken[name] = record
@@ -252,5 +252,5 @@ def _check_linear(name: str, linear: nn.Linear) -> None:
 
 
 def parameter_dtype(weight: torch.Tensor) -> torch.dtype:
-    """float64 beside a float64 weight, float32 beside any other: a 16-bit adapter would lose small updates."""
+    """float64 beside a float64 weight, else float32: a 16-bit adapter would lose small updates."""
     return torch.float64 if weight.dtype == torch.float64 else torch.float32

@@ -53,8 +53,11 @@ class AdapterRecord:
         raise NotImplementedError
 
     def detach(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        """Take the adapter off its layer; returns its parameters by their names on the layer."""
-        return detach(model.get_submodule(self.module))
+        """Take the adapter, or what a failed `attach` has left of it, off; returns parameters by their own
+        names.
+        """
+        layer = model.get_submodule(self.module)
+        return detach(layer) if isinstance(layer, Adapter) else {}
 
     def is_attached(self, model: nn.Module) -> bool:
         """Whether the layer of this name still is the one that was patched."""
@@ -170,8 +173,8 @@ class MlaeRecord(AdapterRecord):
             attach(owner, FusedBiasAttention, {}, {})
 
     def detach(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        if self.bias_owner is not None:
-            detach(model.get_submodule(self.bias_owner))
+        if self.bias_owner is not None and isinstance(owner := model.get_submodule(self.bias_owner), Adapter):
+            detach(owner)
         return super().detach(model)
 
     def merge_(self, model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
