@@ -98,7 +98,7 @@ Tensor scale_grad(const Tensor& code, const Tensor& grad_mixed, const kernels::K
       }
     });
   });
-  return partial.sum({0, 4}).permute({2, 0, 1}).contiguous();
+  return partial.sum(at::IntArrayRef({0, 4})).permute({2, 0, 1}).contiguous();
 }
 
 Tensor layer_norm_rows(const Tensor& x, const OptTensor& weight, const OptTensor& bias, double eps,
