@@ -12,14 +12,9 @@ import alore_ext
 from alore_ext.training.backbone import BUNDLED, build_backbone, check_input, input_spec
 from alore_ext.training.data import Data, load_data
 from alore_ext.training.errors import InputError
+from alore_ext.training.files import ADAPTER_FILE, CONFIG_FILE, MODEL_FILE
 from alore_ext.training.loader import InputSpec
-from alore_ext.training.session import (
-    ADAPTER_FILE,
-    ADAPTER_METHODS,
-    CONFIG_FILE,
-    MODEL_FILE,
-    usage_errors,
-)
+from alore_ext.training.session import ADAPTER_METHODS, usage_errors
 from alore_ext.training.state import seed_everything
 
 from .options import read_config

@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 
 from alore_ext.training.errors import InputError
+from alore_ext.training.files import CONFIG_FILE
 from alore_ext.training.images import AUGMENTATIONS
-from alore_ext.training.session import CONFIG_FILE
 
 __all__ = [
     "add_data_options",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy
 import torch
@@ -20,7 +21,7 @@ from .images import batch_generator, crop_boxes, draw_augmentation, normalize, r
 
 __all__ = ["InputSpec", "Loader", "make_loader"]
 
-_DECODE_ONCE_BYTES = 2 << 30
+_DECODE_ONCE_BYTES = 1 << 30
 _ORDER_STEP = 2**32 - 1  # the step whose stream shuffles the epoch; no epoch has as many batches
 
 
@@ -198,15 +199,16 @@ def make_loader(
         fits = len(split) * 3 * spec.size**2 <= _DECODE_ONCE_BYTES
         if augment == "crop" or not fits:
             return _FileLoader(split, spec, batch_size, device, workers=workers, **options)
-        split = _decode(split, spec.size, workers)
+        split = ArraySplit(_decode(split.files, spec.size, workers), split.labels)
     return _ArrayLoader(split, spec, batch_size, device, **options)
 
 
-def _decode(split: FileSplit, size: int, workers: int) -> ArraySplit:
-    """Every image of the split, resized whole to size x size."""
-    decoded = _run(_Files(split.files, size, "none"), [[(i, None)] for i in range(len(split))], workers)
-    images = torch.empty(len(split), 3, size, size, dtype=torch.uint8)
-    progress = require("tqdm").tqdm(decoded, total=len(split), desc="decoding", unit="image", leave=False)
+@lru_cache(maxsize=3)  # train, val and test: methods that are compared share them
+def _decode(files: tuple[str, ...], size: int, workers: int) -> Tensor:
+    """Every file's image, whole, as uint8 [count, 3, size, size]."""
+    decoded = _run(_Files(files, size, "none"), [[(index, None)] for index in range(len(files))], workers)
+    images = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
+    progress = require("tqdm").tqdm(decoded, "decoding", len(files), unit="image", leave=False)
     for index, pixels in enumerate(progress):
         images[index] = pixels[0]
-    return ArraySplit(images, split.labels)
+    return images

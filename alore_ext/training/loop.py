@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import InputError, Interrupted, require
+from .files import CHECKPOINT_FILE, LOG_FILE
 from .loader import Loader
 from .recipe import Recipe, learning_rate_factor, make_optimizer
 from .state import Log, Progress, StopSignals, load_checkpoint, save_checkpoint
@@ -53,7 +54,11 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, loader: Loader, precision: Precision, stop: Callable[[], bool] = lambda: False
+    model: nn.Module,
+    loader: Loader,
+    precision: Precision,
+    stop: Callable[[], bool] = lambda: False,
+    title: str = "evaluating",
 ) -> Evaluation | None:
     """Run the model over a split in eval mode and leave its mode as it was.
 
@@ -63,7 +68,8 @@ def evaluate(
     model.eval()
     chunks, labels = [], []
     try:
-        for images, target in loader.batches():
+        batches = require("tqdm").tqdm(loader.batches(), title, len(loader), leave=False, delay=3)
+        for images, target in batches:
             with precision.autocast():
                 logits = model(images)
             chunks.append(logits.float())
@@ -114,11 +120,12 @@ class Trainer:
             self.optimizer, lambda step: learning_rate_factor(step, self.steps_per_epoch, recipe)
         )
         self.scaler = torch.amp.GradScaler(precision.device.type, enabled=precision.amp == "fp16")
-        self.checkpoint = folder / "checkpoint.pt"
+        self.checkpoint = folder / CHECKPOINT_FILE
+        self.last_evaluation: Evaluation | None = None
         self.progress, offset = Progress(), 0
         if resume:
             self.progress, offset = load_checkpoint(self.checkpoint, model, self._parts, self._identity)
-        self.log = Log(folder / "log.jsonl", offset)
+        self.log = Log(folder / LOG_FILE, offset)
 
     @property
     def _parts(self) -> dict[str, object]:
@@ -202,7 +209,8 @@ class Trainer:
         epoch = self.progress.epoch + 1
         if stop.requested or (epoch % self.eval_every and epoch != self.recipe.epochs):
             return None
-        return evaluate(self.model, self.eval_loader, self.precision, lambda: stop.requested)
+        self.last_evaluation = evaluate(self.model, self.eval_loader, self.precision, lambda: stop.requested)
+        return self.last_evaluation
 
     def _end_epoch(self, evaluation: Evaluation | None, bar) -> None:
         progress = self.progress

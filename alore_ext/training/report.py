@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from .errors import require
+from .files import LOG_FILE
 from .session import MergeCheck, Result
 from .state import write_atomic
 
@@ -85,6 +86,8 @@ def plot(folders: dict[str, Path], results: list[Result], file: Path) -> None:
             [e["epoch"] for e in epochs],
             [e["train_loss"] for e in epochs],
             color=_COLOURS[method],
+            marker="o",
+            markersize=3,
             label=TITLES[method],
         )
         tested = [e for e in epochs if "eval_accuracy" in e]
@@ -120,5 +123,5 @@ def plot(folders: dict[str, Path], results: list[Result], file: Path) -> None:
 
 
 def _epochs(folder: Path) -> list[dict]:
-    with open(folder / "log.jsonl", encoding="utf-8") as file:
+    with open(folder / LOG_FILE, encoding="utf-8") as file:
         return [entry for entry in map(json.loads, file) if entry["event"] == "epoch"]

@@ -17,6 +17,7 @@ import alore_ext
 from .backbone import BUNDLED, build_backbone, check_input, input_spec
 from .data import Data, load_data
 from .errors import InputError, Interrupted
+from .files import ADAPTER_FILE, CONFIG_FILE, MODEL_FILE, RESULT_FILE
 from .loader import InputSpec, make_loader
 from .loop import Evaluation, Precision, Trainer, evaluate
 from .recipe import METHODS, Recipe
@@ -36,10 +37,6 @@ __all__ = [
 ]
 
 ADAPTER_METHODS = ("alore", "mlae")
-ADAPTER_FILE = "adapter.safetensors"
-MODEL_FILE = "model.safetensors"
-CONFIG_FILE = "config.json"
-RESULT_FILE = "result.json"
 
 
 @dataclass(frozen=True)
@@ -166,7 +163,8 @@ def run(
         title=settings.method,
     )
     trainer.fit(stop)
-    final = evaluate(model, loaders["final"], precision, lambda: stop.requested)
+    final = trainer.last_evaluation if loaders["curve"] is loaders["final"] else None
+    final = final or evaluate(model, loaders["final"], precision, lambda: stop.requested, "testing")
     if final is None:
         raise Interrupted("stopped while testing the trained model")
     file = _save(model, settings, folder)
