@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from .config import Config, config_from_dict
 from .fingerprint import Fingerprint, difference, fingerprint, parse_fingerprint
 from .patching.apply import apply_plan, check_unpatched, empty_parameters
-from .patching.attaching import undo_on_error
+from .patching.attaching import OnError, undo_on_error
 from .patching.plan import make_plan
 from .patching.state import PatchState, get_state, require_state
 
@@ -170,11 +170,14 @@ def read_adapter(path: str | os.PathLike) -> AdapterFile:
         configs = tuple(config_from_dict(fields) for fields in json.loads(metadata["configs"]))
         if not configs:
             raise ValueError("expected at least one config")
+        head_names = tuple(json.loads(metadata["head"]))
+        if not all(isinstance(name, str) for name in head_names):
+            raise ValueError(f"expected names of modules, got {head_names}")
         return AdapterFile(
             path=path,
             family=metadata["family"],
             configs=configs,
-            head_names=tuple(json.loads(metadata["head"])),
+            head_names=head_names,
             base=parse_fingerprint(metadata["base"]),
             tensors=tensors,
         )
@@ -186,7 +189,10 @@ def _load_on_plain(model: nn.Module, file: AdapterFile) -> None:
     check_unpatched(model)
     with torch.random.fork_rng(devices=[]):
         # A random masking pattern is drawn here, and gives way to the one that the file was trained with.
-        plan = make_plan(model, file.configs, file.head_names, file.family)
+        try:
+            plan = make_plan(model, file.configs, file.head_names, file.family)
+        except ValueError as error:
+            raise file.error(str(error)) from error
     plan = plan.with_expert_counts({n: t.numel() for n, t in file.tensors.items() if n.endswith(".coeff")})
     _check_base(model, PatchState(plan.family, plan.configs, plan.records, plan.head_names), file)
     parameters = empty_parameters(model, plan)
@@ -238,7 +244,7 @@ def _checked_values(parameters: Mapping[str, Tensor], file: AdapterFile) -> dict
     return values
 
 
-def _restore_head(model: nn.Module, file: AdapterFile, on_error) -> None:
+def _restore_head(model: nn.Module, file: AdapterFile, on_error: OnError) -> None:
     """Load the file's head.
 
     A linear of another size, or the Identity of a model without classes, is replaced.
@@ -269,8 +275,14 @@ def _copy_(target: Tensor, value: Tensor) -> None:
 
 
 def _replace_linear(
-    model: nn.Module, name: str, old: nn.Module, tensors: Mapping[str, Tensor], file: AdapterFile, on_error
+    model: nn.Module,
+    name: str,
+    old: nn.Module,
+    tensors: Mapping[str, Tensor],
+    file: AdapterFile,
+    on_error: OnError,
 ) -> nn.Linear:
+    """A linear for the head's tensors in the place of `old`, and `num_classes` to match."""
     if not isinstance(old, (nn.Linear, nn.Identity)) or not {"weight"} <= set(tensors) <= {"weight", "bias"}:
         raise file.error(f"the head {name} is a {type(old).__name__} of another shape, not an nn.Linear")
     out_features, in_features = tensors["weight"].shape

@@ -35,7 +35,7 @@ def fingerprint(model: nn.Module, state: PatchState) -> Fingerprint:
     return {
         name: [list(tensor.shape), _sketch(tensor)]
         for name, tensor in model.state_dict().items()
-        if name not in adapters and not state.is_head(name)
+        if name not in adapters and not state.is_head(name) and isinstance(tensor, Tensor)
     }
 
 
@@ -52,7 +52,7 @@ def parse_fingerprint(text: str) -> Fingerprint:
 
 def difference(expected: Fingerprint, found: Fingerprint) -> str | None:
     """Why two fingerprints are of different bases, in words; None where they are of the same."""
-    for name in expected.keys() | found.keys():
+    for name in {**expected, **found}:
         if name not in found or name not in expected:
             return f"{name} is {'missing' if name not in found else 'unexpected'}"
     for name, (shape, sketch) in expected.items():

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .patching.apply import restore_requires_grad
-from .patching.attaching import attach_all, check_attached, detach_all, undo_on_error
+from .patching.attaching import OnError, attach_all, check_attached, detach_all, undo_on_error
 from .patching.merged import allow_training, refuse_training, restore_base_
 from .patching.records import SHARED_SCALE
 from .patching.state import MergedState, PatchState, clear_state, require_state
@@ -61,7 +61,11 @@ def merge_(model: nn.Module, keep_base: str | None = "device") -> nn.Module:
 
 @torch.no_grad()
 def _merge_weights_(
-    model: nn.Module, state: PatchState, parameters: dict[str, nn.Parameter], keep_base: str | None, on_error
+    model: nn.Module,
+    state: PatchState,
+    parameters: dict[str, nn.Parameter],
+    keep_base: str | None,
+    on_error: OnError,
 ) -> dict[str, torch.Tensor]:
     """Merge layer by layer; returns copies of the weights as they were."""
     copies: dict[str, torch.Tensor] = {}

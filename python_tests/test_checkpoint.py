@@ -124,6 +124,16 @@ def test_heads_of_another_size_are_replaced(name, classes, tmp_path, device):
     ae.unpatch(fresh)
 
 
+def test_a_head_without_bias(tmp_path, device):
+    model = base(device=device)
+    model.head = torch.nn.Linear(32, 5, bias=False, device=device)
+    ae.patch(model, ae.AloreConfig())
+    fresh = ae.load_adapter(base(device=device), ae.save_adapter(model, tmp_path / "a.safetensors"))
+    x = images(device)
+    with torch.no_grad():
+        assert torch.equal(fresh(x), model(x)) and fresh.head.bias is None
+
+
 def test_a_head_without_classes_can_come_later(tmp_path):
     model = base()
     model.reset_classifier(0)
@@ -248,6 +258,7 @@ def test_another_family(tmp_path):
         (dict(metadata={"configs": "{}"}), "damaged metadata.*at least one config"),
         (dict(metadata={"configs": "7"}), "damaged metadata"),
         (dict(metadata={"base": "3"}), "damaged metadata"),
+        (dict(metadata={"head": "[1]"}), "damaged metadata.*names of modules"),
         (dict(metadata={"base": '{"head": 1}'}), "damaged metadata"),
         (dict(metadata={"base": '{"pos_embed": [[1], [0.5]]}'}), "damaged metadata"),
         (dict(metadata={"base": "{}"}), "another base: .* is unexpected"),

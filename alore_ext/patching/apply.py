@@ -26,6 +26,7 @@ def check_unpatched(model: nn.Module) -> None:
         raise ValueError(f"patch: {type(model).__name__} holds {inner!r}, which is already patched")
 
 
+@torch.inference_mode(False)  # an adapter made under inference mode could never be trained
 def empty_parameters(model: nn.Module, plan: PatchPlan) -> dict[str, nn.Parameter]:
     """All adapter parameters by full name, uninitialised, on the device of the weight they will be merged
     into.

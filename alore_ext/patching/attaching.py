@@ -10,9 +10,11 @@ from torch import nn
 from .records import SHARED_SCALE, AdapterRecord
 from .state import PatchState
 
+OnError = Callable[[Callable[[], object]], object]
+
 
 @contextlib.contextmanager
-def undo_on_error() -> Iterator[Callable[[Callable[[], object]], object]]:
+def undo_on_error() -> Iterator[OnError]:
     """Gives a function that notes how to undo a step; runs the notes backwards if the block raises."""
     with contextlib.ExitStack() as undo:
         yield undo.callback

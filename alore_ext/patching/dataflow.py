@@ -16,7 +16,7 @@ from torch import fx, nn
 
 _ROOT = "block"
 _METADATA_ATTRIBUTES = ("shape", "dtype", "device", "ndim")
-_METADATA_METHODS = ("size", "dim", "type")
+_METADATA_METHODS = ("size", "dim")
 
 
 class DataflowError(Exception):

@@ -35,9 +35,7 @@ class PatchPlan:
     head_names: tuple[str, ...]
 
     def with_expert_counts(self, counts: Mapping[str, int]) -> PatchPlan:
-        """The plan with the numbers of MLAE experts that `counts` has for "<module>.coeff" (a random
-        pattern's draw).
-        """
+        """The plan with an earlier draw of its random masking patterns: experts by "<module>.coeff"."""
         records = tuple(
             dataclasses.replace(record, num_experts=counts.get(f"{record.module}.coeff", record.num_experts))
             if isinstance(record, MlaeRecord) and self.configs[record.config].pattern == "random"

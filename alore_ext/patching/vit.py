@@ -176,9 +176,7 @@ class _BlockReader:
 
 
 def _calls_qkv_without_q_bias(block: nn.Module) -> bool:
-    """Whether the block calls `attn.qkv` as a module once its attention is a FusedBiasAttention (tried on a
-    copy).
-    """
+    """Whether the block, tried on a copy, calls `attn.qkv` once its attention is a FusedBiasAttention."""
     attention = copy.copy(block.attn)
     attention.__class__ = adapted_class(FusedBiasAttention, type(attention))
     trial = copy.copy(block)

@@ -230,6 +230,25 @@ def test_start_values(device):
     assert 0.9 * 32**-0.5 < qkv.lora_a.abs().max() <= 32**-0.5
 
 
+@pytest.mark.parametrize("location", ["before_attn", "after_attn", "before_ffn", "after_ffn"])
+@pytest.mark.parametrize("name", ["vit", "vit_gated_rmsnorm"])
+def test_dropout_in_training_alone(name, location, device):
+    model = build(name, device)
+    train_adapters_(ae.patch(model, ae.AloreConfig(dropout=0.5, locations=(location,))))
+    x = images(device)
+    with torch.no_grad():
+        assert torch.equal(model(x), model(x))
+        model.train()
+        assert relative_error(model(x), model(x)) > 1e-3
+
+
+def test_patch_under_inference_mode(device):
+    model = build("vit", device)
+    with torch.inference_mode():
+        ae.patch(model, ae.AloreConfig())
+    assert not model.alore_scale.is_inference() and not model.blocks[0].norm1.up.is_inference()
+
+
 def test_fixed_patterns_change_the_experts_of_each_block():
     model = ae.patch(build("vit"), ae.MlaeConfig(masking="mixed", pattern="incremental", dropout=0.3))
     assert [block.attn.qkv.coeff.numel() for block in model.blocks] == [2, 6, 10]
