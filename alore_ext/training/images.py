@@ -6,6 +6,8 @@ third: one resampler serves them all, so training and test images go through the
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -108,8 +110,12 @@ def normalize(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
     Args:
         pixels: float [count, 1 or channels, height, width] in 0..255.
     """
-    scale = torch.tensor([1 / (255 * s) for s in std], device=pixels.device).view(1, -1, 1, 1)
-    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=pixels.device).view(
-        1, -1, 1, 1
-    )
+    scale, shift = _affine(mean, std, pixels.device)
     return pixels.expand(-1, len(mean), -1, -1) * scale + shift
+
+
+@lru_cache(maxsize=8)  # a copy to the device for every batch would make it wait
+def _affine(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    scale = torch.tensor([1 / (255 * s) for s in std], device=device)
+    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=device)
+    return scale.view(1, -1, 1, 1), shift.view(1, -1, 1, 1)

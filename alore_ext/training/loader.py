@@ -21,7 +21,7 @@ from .images import batch_generator, crop_boxes, draw_augmentation, normalize, r
 
 __all__ = ["InputSpec", "Loader", "make_loader"]
 
-_DECODE_ONCE_BYTES = 1 << 30
+_KEEP_BYTES = 1 << 30  # of resized pixels, kept so that later epochs need not make them again
 _ORDER_STEP = 2**32 - 1  # the step whose stream shuffles the epoch; no epoch has as many batches
 
 
@@ -85,27 +85,26 @@ class Loader:
 class _ArrayLoader(Loader):
     def __init__(self, split: ArraySplit, *args, **kwargs) -> None:
         super().__init__(split.labels, *args, **kwargs)
-        self.images = split.images
-        if _fits(split.images, self.device):
-            self.images = split.images.to(self.device)
+        self.images = split.images.to(self.device) if _fits(split.images, self.device) else split.images
         self.labels = split.labels.to(self.device)
+        always_whole = self.augment == "none" or (self.augment == "flip" and not self.train)
+        channels, size = self.images.shape[1], self.spec.size
+        if always_whole and self.count * channels * size**2 <= _KEEP_BYTES:
+            # Every epoch would resize to the same pixels, whole numbers in 0..255: uint8 loses nothing.
+            resized = [self._crop(index, None).byte() for index in torch.arange(self.count).split(256)]
+            self.images = torch.cat(resized)
 
     def _pixels(self, plan):
-        height, width = self.images.shape[2:]
         for index, draws in plan:
-            images = self.images[index.to(self.images.device)].to(self.device)
-            if (
-                (height, width) == (self.spec.size, self.spec.size)
-                and draws is None
-                and self.augment != "crop"
-            ):
-                yield images
-                continue
-            heights, widths = (
-                torch.full((len(index),), float(height)),
-                torch.full((len(index),), float(width)),
-            )
-            yield resized_crop(images, crop_boxes(heights, widths, self.augment, draws), self.spec.size)
+            yield self._crop(index, draws)
+
+    def _crop(self, index: Tensor, draws: Tensor | None) -> Tensor:
+        images = self.images[index.to(self.images.device)].to(self.device)
+        height, width = images.shape[2:]
+        if height == width == self.spec.size and draws is None and self.augment != "crop":
+            return images
+        sides = (torch.full((len(index),), float(side)) for side in (height, width))
+        return resized_crop(images, crop_boxes(*sides, self.augment, draws), self.spec.size)
 
 
 class _FileLoader(Loader):
@@ -196,7 +195,7 @@ def make_loader(
     """The loader that fits the split. ``augment`` chooses the test-time crop too (`images.AUGMENTATIONS`)."""
     options = {"train": train, "augment": augment, "seed": seed}
     if isinstance(split, FileSplit):
-        fits = len(split) * 3 * spec.size**2 <= _DECODE_ONCE_BYTES
+        fits = len(split) * 3 * spec.size**2 <= _KEEP_BYTES
         if augment == "crop" or not fits:
             return _FileLoader(split, spec, batch_size, device, workers=workers, **options)
         split = ArraySplit(_decode(split.files, spec.size, workers), split.labels)

@@ -308,7 +308,7 @@ def test_overwrite_takes_only_its_own_files(finetune, tmp_path, fails, task):
         (("--model", "no_such_vit"), "has no model 'no_such_vit'"),
         (("--weights", "missing.pth"), "missing.pth does not exist"),
         (("--data", "missing"), "does not exist (give a folder, an .npz file, or 'digits')"),
-        (("--model", "test_convnext", "--method", "mlae"), "ConvNeXt"),
+        (("--model", "test_resnet", "--method", "mlae"), "ResNet"),
     ],
 )
 def test_bad_input_is_one_line(fails, task, tmp_path, options, message):

@@ -34,7 +34,7 @@ def test_merged_file_loads_in_timm_and_agrees(finished, task, tmp_path, capsys, 
     test = load_data(task).splits["test"]
     config = json.loads((finished / method / "config.json").read_text())["input"]
     with torch.no_grad():
-        logits = plain(normalize(test.images.float(), config["mean"], config["std"]))
+        logits = plain(normalize(test.images.float(), tuple(config["mean"]), tuple(config["std"])))
     accuracy = (logits.argmax(1) == test.labels).sum().item() / len(test)
     assert accuracy == result_of(finished / method)["accuracy"]
 

@@ -52,6 +52,18 @@ def test_starting_inside_an_epoch_gives_the_same_batches(kind, augment, request)
     assert sorted(torch.cat([labels for _, labels in every]).tolist()) == list(range(10))
 
 
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("augment", ["none", "flip", "crop"])
+def test_resizing_ahead_changes_nothing(arrays, augment, train, monkeypatch):
+    ahead = make_loader(arrays, PLAIN, 4, CPU, train=train, augment=augment)
+    kept_whole = augment == "none" or (augment == "flip" and not train)
+    assert (ahead.images.shape[2:] == (16, 16)) == kept_whole
+    monkeypatch.setattr("alore_ext.training.loader._KEEP_BYTES", 0)
+    every_time = make_loader(arrays, PLAIN, 4, CPU, train=train, augment=augment)
+    assert every_time.images.shape[2:] == (20, 12)
+    assert_same(collect(ahead, 1), collect(every_time, 1))
+
+
 def test_epochs_and_seeds_differ(arrays):
     def order(seed, epoch):
         loader = make_loader(arrays, PLAIN, 10, CPU, train=True, seed=seed)
