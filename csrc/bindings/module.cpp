@@ -52,8 +52,15 @@ py::dict build_info() {
 alore::kernels::KronPlan plan_kron(int64_t num_tokens, int64_t num_experts, int64_t s_in, int64_t s_out,
                                    int64_t p_in, int64_t p_out, int64_t rank, at::ScalarType dtype,
                                    at::ScalarType factor_dtype, bool backward) {
-  const alore::kernels::KronShape shape{num_tokens, num_experts, s_in, s_out, p_in, p_out, rank,
-                                        alore::ops::kernel_dtype(dtype), alore::ops::kernel_dtype(factor_dtype)};
+  const alore::kernels::KronShape shape{num_tokens,
+                                        num_experts,
+                                        s_in,
+                                        s_out,
+                                        p_in,
+                                        p_out,
+                                        rank,
+                                        alore::ops::kernel_dtype(dtype),
+                                        alore::ops::kernel_dtype(factor_dtype)};
   return backward ? alore::kernels::plan_kron_backward(shape) : alore::kernels::plan_kron_forward(shape);
 }
 
@@ -68,8 +75,8 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("scale_grad_blocks", &KronPlan::scale_grad_blocks)
       .def_readonly("workspace_bytes", &KronPlan::workspace_bytes)
       .def("__repr__", &KronPlan::to_string);
-  m.def("plan_kron", &plan_kron, py::arg("num_tokens"), py::arg("num_experts"), py::arg("s_in"), py::arg("s_out"),
-        py::arg("p_in"), py::arg("p_out"), py::arg("rank"), py::arg("dtype"), py::arg("factor_dtype"),
-        py::arg("backward"));
+  m.def("plan_kron", &plan_kron, py::arg("num_tokens"), py::arg("num_experts"), py::arg("s_in"),
+        py::arg("s_out"), py::arg("p_in"), py::arg("p_out"), py::arg("rank"), py::arg("dtype"),
+        py::arg("factor_dtype"), py::arg("backward"));
   m.attr("MAX_WORKSPACE_BYTES") = alore::kernels::kMaxWorkspaceBytes;
 }

@@ -6,8 +6,8 @@
 
 namespace alore::kernels {
 
-// Launchers enqueue on `stream`, use `blas` with that stream and its current math mode, and neither allocate nor
-// synchronise. They throw std::runtime_error when a launch is refused.
+// Launchers enqueue on `stream`, use `blas` with that stream and its current math mode, and neither allocate
+// nor synchronise. They throw std::runtime_error when a launch is refused.
 struct CudaContext {
   cudaStream_t stream;
   cublasHandle_t blas;

@@ -26,7 +26,8 @@ inline void check_launch(const char* kernel) { check(cudaGetLastError(), kernel)
 template <typename T>
 using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-// Rounds to nearest even. 16-bit types go through float explicitly: torch's build flags switch their implicit conversions off.
+// Rounds to nearest even. 16-bit types go through float explicitly: torch's build flags switch their implicit
+// conversions off.
 template <typename To, typename From>
 __device__ __forceinline__ To convert(From v) {
   if constexpr (std::is_same_v<To, From>) {

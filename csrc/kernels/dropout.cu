@@ -6,14 +6,15 @@ namespace alore::kernels {
 namespace {
 
 template <typename T>
-__global__ void dropout_add_kernel(int64_t elements, const T* base, const T* branch, const int64_t* seed, double p,
-                                   T* out) {
+__global__ void dropout_add_kernel(int64_t elements, const T* base, const T* branch, const int64_t* seed,
+                                   double p, T* out) {
   using Acc = acc_t<T>;
   const uint64_t key = p > 0 ? static_cast<uint64_t>(*seed) : 0;
   const uint32_t threshold = drop_threshold(p);
   const Acc scale = static_cast<Acc>(1.0 / (1.0 - p));
   const int64_t quads = (elements + 3) / 4;
-  for (int64_t q = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; q < quads; q += int64_t{gridDim.x} * blockDim.x) {
+  for (int64_t q = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; q < quads;
+       q += int64_t{gridDim.x} * blockDim.x) {
     Philox4 bits{};
     if (p > 0) bits = philox(key, static_cast<uint64_t>(q));
     const int count = static_cast<int>(min(int64_t{4}, elements - q * 4));
@@ -27,8 +28,8 @@ __global__ void dropout_add_kernel(int64_t elements, const T* base, const T* bra
 
 }  // namespace
 
-void dropout_add(const CudaContext& context, DType type, int64_t elements, const void* base, const void* branch,
-                 const int64_t* seed, double p, void* out) {
+void dropout_add(const CudaContext& context, DType type, int64_t elements, const void* base,
+                 const void* branch, const int64_t* seed, double p, void* out) {
   if (elements == 0) return;
   dispatch(type, [&](auto tag) {
     using T = typename decltype(tag)::type;

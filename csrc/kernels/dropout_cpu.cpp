@@ -6,7 +6,8 @@
 namespace alore::kernels {
 
 template <typename T>
-void dropout_add_cpu(const T* base, const T* branch, int64_t seed, double p, int64_t begin, int64_t end, T* out) {
+void dropout_add_cpu(const T* base, const T* branch, int64_t seed, double p, int64_t begin, int64_t end,
+                     T* out) {
   const uint32_t threshold = drop_threshold(p);
   const T scale = static_cast<T>(1.0 / (1.0 - p));
   for (int64_t quad = begin; quad < end; quad += 4) {
@@ -19,6 +20,7 @@ void dropout_add_cpu(const T* base, const T* branch, int64_t seed, double p, int
 }
 
 template void dropout_add_cpu<float>(const float*, const float*, int64_t, double, int64_t, int64_t, float*);
-template void dropout_add_cpu<double>(const double*, const double*, int64_t, double, int64_t, int64_t, double*);
+template void dropout_add_cpu<double>(const double*, const double*, int64_t, double, int64_t, int64_t,
+                                      double*);
 
 }  // namespace alore::kernels

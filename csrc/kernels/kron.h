@@ -4,7 +4,8 @@
 //   code   Z[t,a,e,:] = x[t,a,:] @ down[e]                      [num_tokens, s_in,  num_experts * rank]
 //   mixed  H[t,b,e,:] = sum_a scale[e,a,b] * Z[t,a,e,:]         [num_tokens, s_out, num_experts * rank]
 //   out    y[t,b,:]   = sum_e H[t,b,e,:] @ up[e]                [num_tokens, s_out * p_out]
-// The first and last are matrix products over all blocks of all tokens; the mixing between them is this file's own.
+// The first and last are matrix products over all blocks of all tokens; the mixing between them is this
+// file's own.
 #pragma once
 
 #include <cstdint>
@@ -25,10 +26,13 @@ struct KronGradients {
   void* up;
 };
 
-// ---- CPU ----------------------------------------------------------------------------------------------------------
-// Mixing on rows [begin, end) of tokens; T is float or double. `spread` is scale as kron_spread_scale_cpu lays it out.
+// ---- CPU
+// ----------------------------------------------------------------------------------------------------------
+// Mixing on rows [begin, end) of tokens; T is float or double. `spread` is scale as kron_spread_scale_cpu
+// lays it out.
 
-// spread[a, b, e * rank + k] = scale[e, a, b]: the innermost loop of the mixing then runs over contiguous memory.
+// spread[a, b, e * rank + k] = scale[e, a, b]: the innermost loop of the mixing then runs over contiguous
+// memory.
 template <typename T>
 void kron_spread_scale_cpu(const T* scale,  // [num_experts, s_in, s_out]
                            int64_t num_experts, int64_t s_in, int64_t s_out, int64_t rank,
@@ -48,7 +52,8 @@ void kron_unmix_cpu(const T* grad_mixed,  // [num_tokens, s_out, width]
                     int64_t begin, int64_t end, int64_t s_in, int64_t s_out, int64_t width,
                     T* grad_code);  // [num_tokens, s_in, width]
 
-// grad_spread[a,b,:] = sum over tokens in [begin, end) of code[t,a,:] * grad_mixed[t,b,:]. Overwrites grad_spread.
+// grad_spread[a,b,:] = sum over tokens in [begin, end) of code[t,a,:] * grad_mixed[t,b,:]. Overwrites
+// grad_spread.
 template <typename T>
 void kron_scale_grad_cpu(const T* code,        // [num_tokens, s_in, width]
                          const T* grad_mixed,  // [num_tokens, s_out, width]
@@ -62,11 +67,13 @@ void kron_scale_grad_cpu(const T* code,        // [num_tokens, s_in, width]
 
 namespace alore::kernels {
 
-// ---- CUDA ---------------------------------------------------------------------------------------------------------
+// ---- CUDA
+// ---------------------------------------------------------------------------------------------------------
 
-// out = beta * out + x @ W', beta 0 or 1. x and out have shape.activation's type, contiguous; out may be x where
-// the map is square, since a chunk's rows are all read before any is written.
-void kron_forward(const CudaContext& context, const KronShape& shape, const KronPlan& plan, const KronFactors& factors,
+// out = beta * out + x @ W', beta 0 or 1. x and out have shape.activation's type, contiguous; out may be x
+// where the map is square, since a chunk's rows are all read before any is written.
+void kron_forward(const CudaContext& context, const KronShape& shape, const KronPlan& plan,
+                  const KronFactors& factors,
                   const void* x,  // [num_tokens, s_in * p_in]
                   float beta,
                   void* out,         // [num_tokens, s_out * p_out]
@@ -74,24 +81,27 @@ void kron_forward(const CudaContext& context, const KronShape& shape, const Kron
 
 // grad_x = beta * grad_x + grad_out @ W'^T, beta 0 or 1, unless grad_x is null; and the factors' gradients.
 // Two runs on the same input give the same bits: every sum is taken in a fixed order.
-void kron_backward(const CudaContext& context, const KronShape& shape, const KronPlan& plan, const KronFactors& factors,
+void kron_backward(const CudaContext& context, const KronShape& shape, const KronPlan& plan,
+                   const KronFactors& factors,
                    const void* x,         // [num_tokens, s_in * p_in]
                    const void* grad_out,  // [num_tokens, s_out * p_out]
                    float beta,
-                   void* grad_x,                 // [num_tokens, s_in * p_in], or null
+                   void* grad_x,  // [num_tokens, s_in * p_in], or null
                    const KronGradients& grads,
                    void* workspace);  // plan_kron_backward(shape).workspace_bytes
 
 // Steps shared by both directions (kron_factors.cu).
 
-// Factors into the layouts that the GEMMs read: down as [p_in, num_experts * rank], up as [num_experts * rank, p_out],
-// both in shape.activation's type, scale in its accumulate type.
+// Factors into the layouts that the GEMMs read: down as [p_in, num_experts * rank], up as [num_experts *
+// rank, p_out], both in shape.activation's type, scale in its accumulate type.
 void kron_pack_factors(const CudaContext& context, const KronShape& shape, const KronFactors& factors,
                        void* scale, void* down, void* up);
 
-// The way back for gradients, and the last stage of d(scale): partial sums [blocks, num_experts, s_in, s_out] added in order.
+// The way back for gradients, and the last stage of d(scale): partial sums [blocks, num_experts, s_in, s_out]
+// added in order.
 void kron_unpack_gradients(const CudaContext& context, const KronShape& shape, int64_t blocks,
-                           const void* scale_partial, const void* down, const void* up, const KronGradients& grads);
+                           const void* scale_partial, const void* down, const void* up,
+                           const KronGradients& grads);
 
 }  // namespace alore::kernels
 #endif

@@ -5,7 +5,8 @@
 namespace alore::kernels {
 
 template <typename T>
-void kron_spread_scale_cpu(const T* scale, int64_t num_experts, int64_t s_in, int64_t s_out, int64_t rank, T* spread) {
+void kron_spread_scale_cpu(const T* scale, int64_t num_experts, int64_t s_in, int64_t s_out, int64_t rank,
+                           T* spread) {
   const int64_t width = num_experts * rank;
   for (int64_t e = 0; e < num_experts; ++e) {
     for (int64_t ab = 0; ab < s_in * s_out; ++ab) {
@@ -32,8 +33,8 @@ void kron_mix_cpu(const T* code, const T* spread, int64_t begin, int64_t end, in
 }
 
 template <typename T>
-void kron_unmix_cpu(const T* grad_mixed, const T* spread, int64_t begin, int64_t end, int64_t s_in, int64_t s_out,
-                    int64_t width, T* grad_code) {
+void kron_unmix_cpu(const T* grad_mixed, const T* spread, int64_t begin, int64_t end, int64_t s_in,
+                    int64_t s_out, int64_t width, T* grad_code) {
   for (int64_t t = begin; t < end; ++t) {
     const T* dh = grad_mixed + t * s_out * width;
     for (int64_t a = 0; a < s_in; ++a) {
@@ -49,8 +50,8 @@ void kron_unmix_cpu(const T* grad_mixed, const T* spread, int64_t begin, int64_t
 }
 
 template <typename T>
-void kron_scale_grad_cpu(const T* code, const T* grad_mixed, int64_t begin, int64_t end, int64_t s_in, int64_t s_out,
-                         int64_t width, T* grad_spread) {
+void kron_scale_grad_cpu(const T* code, const T* grad_mixed, int64_t begin, int64_t end, int64_t s_in,
+                         int64_t s_out, int64_t width, T* grad_spread) {
   std::fill_n(grad_spread, s_in * s_out * width, T(0));
   for (int64_t t = begin; t < end; ++t) {
     for (int64_t a = 0; a < s_in; ++a) {
@@ -65,10 +66,10 @@ void kron_scale_grad_cpu(const T* code, const T* grad_mixed, int64_t begin, int6
   }
 }
 
-#define ALORE_INSTANTIATE(T)                                                                                        \
-  template void kron_spread_scale_cpu<T>(const T*, int64_t, int64_t, int64_t, int64_t, T*);                         \
-  template void kron_mix_cpu<T>(const T*, const T*, int64_t, int64_t, int64_t, int64_t, int64_t, T*);               \
-  template void kron_unmix_cpu<T>(const T*, const T*, int64_t, int64_t, int64_t, int64_t, int64_t, T*);             \
+#define ALORE_INSTANTIATE(T)                                                                            \
+  template void kron_spread_scale_cpu<T>(const T*, int64_t, int64_t, int64_t, int64_t, T*);             \
+  template void kron_mix_cpu<T>(const T*, const T*, int64_t, int64_t, int64_t, int64_t, int64_t, T*);   \
+  template void kron_unmix_cpu<T>(const T*, const T*, int64_t, int64_t, int64_t, int64_t, int64_t, T*); \
   template void kron_scale_grad_cpu<T>(const T*, const T*, int64_t, int64_t, int64_t, int64_t, int64_t, T*);
 ALORE_INSTANTIATE(float)
 ALORE_INSTANTIATE(double)

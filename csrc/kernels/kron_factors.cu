@@ -21,10 +21,11 @@ FactorSizes sizes_of(const KronShape& s) {
 }
 
 template <typename Factor, typename Compute, typename Acc>
-__global__ void pack_kernel(FactorSizes n, const Factor* scale, const Factor* down, const Factor* up, Acc* scale_out,
-                            Compute* down_out, Compute* up_out) {
+__global__ void pack_kernel(FactorSizes n, const Factor* scale, const Factor* down, const Factor* up,
+                            Acc* scale_out, Compute* down_out, Compute* up_out) {
   const int64_t total = n.scale + n.down + n.up;
-  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < total; i += int64_t{gridDim.x} * blockDim.x) {
+  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < total;
+       i += int64_t{gridDim.x} * blockDim.x) {
     if (i < n.scale) {
       scale_out[i] = convert<Acc>(scale[i]);
     } else if (i < n.scale + n.down) {
@@ -38,10 +39,11 @@ __global__ void pack_kernel(FactorSizes n, const Factor* scale, const Factor* do
 }
 
 template <typename Factor, typename Acc>
-__global__ void unpack_kernel(FactorSizes n, int64_t blocks, const Acc* scale_partial, const Acc* down, const Acc* up,
-                              Factor* scale_out, Factor* down_out, Factor* up_out) {
+__global__ void unpack_kernel(FactorSizes n, int64_t blocks, const Acc* scale_partial, const Acc* down,
+                              const Acc* up, Factor* scale_out, Factor* down_out, Factor* up_out) {
   const int64_t total = n.scale + n.down + n.up;
-  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < total; i += int64_t{gridDim.x} * blockDim.x) {
+  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < total;
+       i += int64_t{gridDim.x} * blockDim.x) {
     if (i < n.scale) {
       Acc sum = 0;
       for (int64_t b = 0; b < blocks; ++b) sum += scale_partial[b * n.scale + i];
@@ -58,8 +60,8 @@ __global__ void unpack_kernel(FactorSizes n, int64_t blocks, const Acc* scale_pa
 
 }  // namespace
 
-void kron_pack_factors(const CudaContext& context, const KronShape& shape, const KronFactors& factors, void* scale,
-                       void* down, void* up) {
+void kron_pack_factors(const CudaContext& context, const KronShape& shape, const KronFactors& factors,
+                       void* scale, void* down, void* up) {
   const FactorSizes n = sizes_of(shape);
   dispatch(shape.factor, [&](auto factor_tag) {
     dispatch(shape.activation, [&](auto compute_tag) {
@@ -76,7 +78,8 @@ void kron_pack_factors(const CudaContext& context, const KronShape& shape, const
 }
 
 void kron_unpack_gradients(const CudaContext& context, const KronShape& shape, int64_t blocks,
-                           const void* scale_partial, const void* down, const void* up, const KronGradients& grads) {
+                           const void* scale_partial, const void* down, const void* up,
+                           const KronGradients& grads) {
   const FactorSizes n = sizes_of(shape);
   dispatch(shape.factor, [&](auto factor_tag) {
     dispatch_acc(accumulate_type(shape.activation), [&](auto acc_tag) {

@@ -5,8 +5,8 @@
 
 namespace alore::kernels {
 
-void kron_forward(const CudaContext& context, const KronShape& s, const KronPlan& plan, const KronFactors& factors,
-                  const void* x, float beta, void* out, void* workspace) {
+void kron_forward(const CudaContext& context, const KronShape& s, const KronPlan& plan,
+                  const KronFactors& factors, const void* x, float beta, void* out, void* workspace) {
   if (s.num_tokens == 0) return;
   auto* base = static_cast<char*>(workspace);
   void *scale = base + plan.scale, *down = base + plan.down, *up = base + plan.up;
@@ -19,11 +19,11 @@ void kron_forward(const CudaContext& context, const KronShape& s, const KronPlan
     const int64_t tokens = std::min(plan.chunk_tokens, s.num_tokens - begin);
     const char* x_chunk = static_cast<const char*>(x) + begin * s.s_in * s.p_in * element;
     char* out_chunk = static_cast<char*>(out) + begin * s.s_out * s.p_out * element;
-    gemm(context, Op::kNone, Op::kNone, tokens * s.s_in, s.width(), s.p_in, s.activation, x_chunk, s.p_in, down,
-         s.width(), 0.0f, acc, code, s.width());
+    gemm(context, Op::kNone, Op::kNone, tokens * s.s_in, s.width(), s.p_in, s.activation, x_chunk, s.p_in,
+         down, s.width(), 0.0f, acc, code, s.width());
     kron_mix(context, s, tokens, scale, code, mixed);
-    gemm(context, Op::kNone, Op::kNone, tokens * s.s_out, s.p_out, s.width(), s.activation, mixed, s.width(), up,
-         s.p_out, beta, s.activation, out_chunk, s.p_out);
+    gemm(context, Op::kNone, Op::kNone, tokens * s.s_out, s.p_out, s.width(), s.activation, mixed, s.width(),
+         up, s.p_out, beta, s.activation, out_chunk, s.p_out);
   }
 }
 

@@ -1,5 +1,5 @@
-// The mixing over blocks, H[t,b,e,:] = sum_a scale[e,a,b] Z[t,a,e,:]: one thread an output element, reads coalesced
-// along the code's width.
+// The mixing over blocks, H[t,b,e,:] = sum_a scale[e,a,b] Z[t,a,e,:]: one thread an output element, reads
+// coalesced along the code's width.
 #pragma once
 
 #include "kernels/cuda_common.cuh"
@@ -13,7 +13,8 @@ __global__ void kron_mix_kernel(int64_t tokens, int s_in, int s_out, int width, 
                                 const Acc* __restrict__ code,   // [tokens, s_in, width]
                                 Out* __restrict__ mixed) {      // [tokens, s_out, width]
   const int64_t total = tokens * s_out * width;
-  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < total; i += int64_t{gridDim.x} * blockDim.x) {
+  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < total;
+       i += int64_t{gridDim.x} * blockDim.x) {
     const int w = static_cast<int>(i % width);
     const int b = static_cast<int>(i / width % s_out);
     const int64_t t = i / (int64_t{width} * s_out);

@@ -1,5 +1,6 @@
 // Layer normalisation over the last axis, with the statistics kept for backward.
-//   out[t,:] = (x[t,:] - mean[t]) * rstd[t] * weight + bias,  rstd = 1 / sqrt(var + eps), var without Bessel's correction
+//   out[t,:] = (x[t,:] - mean[t]) * rstd[t] * weight + bias,  rstd = 1 / sqrt(var + eps), var without
+//   Bessel's correction
 #pragma once
 
 #include <cstdint>
@@ -8,16 +9,18 @@
 
 namespace alore::kernels {
 
-// ---- CPU: rows [begin, end); T is float or double ------------------------------------------------------------------
+// ---- CPU: rows [begin, end); T is float or double
+// ------------------------------------------------------------------
 
-// Overwrites those rows of out, mean and rstd; with statistics_known, mean and rstd are read instead. out may be x.
+// Overwrites those rows of out, mean and rstd; with statistics_known, mean and rstd are read instead. out may
+// be x.
 template <typename T>
 void layer_norm_cpu(const T* x,       // [num_tokens, embed_dim]
                     const T* weight,  // [embed_dim] or null: ones
                     const T* bias,    // [embed_dim] or null: zeros
-                    double eps, bool statistics_known, int64_t begin, int64_t end, int64_t embed_dim,
-                    T* mean, T* rstd,  // [num_tokens]
-                    T* out);           // [num_tokens, embed_dim]
+                    double eps, bool statistics_known, int64_t begin, int64_t end, int64_t embed_dim, T* mean,
+                    T* rstd,  // [num_tokens]
+                    T* out);  // [num_tokens, embed_dim]
 
 // Overwrites those rows of grad_x, which may be grad_out.
 template <typename T>
@@ -31,13 +34,15 @@ void layer_norm_backward_cpu(const T* grad_out, const T* x, const T* weight, con
 
 namespace alore::kernels {
 
-// ---- CUDA ----------------------------------------------------------------------------------------------------------
+// ---- CUDA
+// ----------------------------------------------------------------------------------------------------------
 
 struct LayerNormShape {
   int64_t num_tokens = 0;
   int64_t embed_dim = 0;
-  DType input = DType::kFloat32;   // of x and its gradient
-  DType output = DType::kFloat32;  // of out and its gradient: input's type, or 16-bit under fp32 input (autocast)
+  DType input = DType::kFloat32;  // of x and its gradient
+  DType output =
+      DType::kFloat32;  // of out and its gradient: input's type, or 16-bit under fp32 input (autocast)
   DType affine = DType::kFloat32;  // of weight and bias
 };
 
@@ -52,8 +57,9 @@ void layer_norm_forward(const CudaContext& context, const LayerNormShape& shape,
                         void* rstd);  // [num_tokens], accumulate type of input
 
 // out again, from x and the kept statistics: the same bits as layer_norm_forward wrote. Overwrites out.
-void layer_norm_recompute(const CudaContext& context, const LayerNormShape& shape, const void* x, const void* weight,
-                          const void* bias, const void* mean, const void* rstd, void* out);
+void layer_norm_recompute(const CudaContext& context, const LayerNormShape& shape, const void* x,
+                          const void* weight, const void* bias, const void* mean, const void* rstd,
+                          void* out);
 
 // Gradient of out is grad_a + grad_b, each of type `output`; grad_b may be null. Overwrites grad_x.
 void layer_norm_backward(const CudaContext& context, const LayerNormShape& shape,
@@ -66,8 +72,8 @@ void layer_norm_backward(const CudaContext& context, const LayerNormShape& shape
 void layer_norm_affine_backward(const CudaContext& context, const LayerNormShape& shape, const void* grad_a,
                                 const void* grad_b, const void* x, const void* mean, const void* rstd,
                                 void* grad_weight, void* grad_bias,
-                                int64_t blocks,   // plan_reduce_blocks(num_tokens, 2 * embed_dim)
-                                void* partial);   // [blocks, 2, embed_dim], accumulate type of input
+                                int64_t blocks,  // plan_reduce_blocks(num_tokens, 2 * embed_dim)
+                                void* partial);  // [blocks, 2, embed_dim], accumulate type of input
 
 }  // namespace alore::kernels
 #endif

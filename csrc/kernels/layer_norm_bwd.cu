@@ -37,9 +37,10 @@ __global__ void __launch_bounds__(kThreads)
 
 // Stage one of the affine's gradients: a block sums its rows, a thread a column.
 template <typename In, typename Out>
-__global__ void affine_partial_kernel(LayerNormShape s, int64_t rows_per_block, const Out* __restrict__ grad_a,
-                                      const Out* __restrict__ grad_b, const In* __restrict__ x,
-                                      const acc_t<In>* __restrict__ mean, const acc_t<In>* __restrict__ rstd,
+__global__ void affine_partial_kernel(LayerNormShape s, int64_t rows_per_block,
+                                      const Out* __restrict__ grad_a, const Out* __restrict__ grad_b,
+                                      const In* __restrict__ x, const acc_t<In>* __restrict__ mean,
+                                      const acc_t<In>* __restrict__ rstd,
                                       acc_t<In>* __restrict__ partial) {  // [gridDim.y, 2, embed_dim]
   using Acc = acc_t<In>;
   const int64_t d = s.embed_dim, i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x;
@@ -56,8 +57,8 @@ __global__ void affine_partial_kernel(LayerNormShape s, int64_t rows_per_block, 
 }
 
 template <typename Acc, typename Affine>
-__global__ void affine_final_kernel(int64_t d, int64_t blocks, const Acc* __restrict__ partial, Affine* grad_weight,
-                                    Affine* grad_bias) {
+__global__ void affine_final_kernel(int64_t d, int64_t blocks, const Acc* __restrict__ partial,
+                                    Affine* grad_weight, Affine* grad_bias) {
   const int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x;
   if (i >= 2 * d) return;
   Acc sum = 0;
@@ -68,15 +69,17 @@ __global__ void affine_final_kernel(int64_t d, int64_t blocks, const Acc* __rest
 
 }  // namespace
 
-void layer_norm_backward(const CudaContext& context, const LayerNormShape& s, const void* grad_a, const void* grad_b,
-                         const void* x, const void* weight, const void* mean, const void* rstd, void* grad_x) {
+void layer_norm_backward(const CudaContext& context, const LayerNormShape& s, const void* grad_a,
+                         const void* grad_b, const void* x, const void* weight, const void* mean,
+                         const void* rstd, void* grad_x) {
   if (s.num_tokens == 0) return;
   dispatch_norm(s, [&](auto in_tag, auto out_tag) {
     using In = typename decltype(in_tag)::type;
     using Out = typename decltype(out_tag)::type;
     backward_kernel<In, Out><<<row_blocks(s.num_tokens), kThreads, 0, context.stream>>>(
-        s, static_cast<const Out*>(grad_a), static_cast<const Out*>(grad_b), static_cast<const In*>(x), weight,
-        static_cast<const acc_t<In>*>(mean), static_cast<const acc_t<In>*>(rstd), static_cast<In*>(grad_x));
+        s, static_cast<const Out*>(grad_a), static_cast<const Out*>(grad_b), static_cast<const In*>(x),
+        weight, static_cast<const acc_t<In>*>(mean), static_cast<const acc_t<In>*>(rstd),
+        static_cast<In*>(grad_x));
   });
   check_launch("layer_norm_backward");
 }
@@ -89,9 +92,11 @@ void layer_norm_affine_backward(const CudaContext& context, const LayerNormShape
   dispatch_norm(s, [&](auto in_tag, auto out_tag) {
     using In = typename decltype(in_tag)::type;
     using Out = typename decltype(out_tag)::type;
-    affine_partial_kernel<In, Out><<<dim3(columns, static_cast<unsigned>(blocks)), kThreads, 0, context.stream>>>(
-        s, rows_per_block, static_cast<const Out*>(grad_a), static_cast<const Out*>(grad_b), static_cast<const In*>(x),
-        static_cast<const acc_t<In>*>(mean), static_cast<const acc_t<In>*>(rstd), static_cast<acc_t<In>*>(partial));
+    affine_partial_kernel<In, Out>
+        <<<dim3(columns, static_cast<unsigned>(blocks)), kThreads, 0, context.stream>>>(
+            s, rows_per_block, static_cast<const Out*>(grad_a), static_cast<const Out*>(grad_b),
+            static_cast<const In*>(x), static_cast<const acc_t<In>*>(mean),
+            static_cast<const acc_t<In>*>(rstd), static_cast<acc_t<In>*>(partial));
   });
   check_launch("layer_norm_affine_partial");
   dispatch_acc(accumulate_type(s.input), [&](auto acc_tag) {

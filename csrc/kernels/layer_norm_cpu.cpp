@@ -5,8 +5,8 @@
 namespace alore::kernels {
 
 template <typename T>
-void layer_norm_cpu(const T* x, const T* weight, const T* bias, double eps, bool statistics_known, int64_t begin,
-                    int64_t end, int64_t embed_dim, T* mean, T* rstd, T* out) {
+void layer_norm_cpu(const T* x, const T* weight, const T* bias, double eps, bool statistics_known,
+                    int64_t begin, int64_t end, int64_t embed_dim, T* mean, T* rstd, T* out) {
   const int64_t d = embed_dim;
   for (int64_t t = begin; t < end; ++t) {
     const T* row = x + t * d;
@@ -65,11 +65,11 @@ void layer_norm_backward_cpu(const T* grad_out, const T* x, const T* weight, con
   }
 }
 
-#define ALORE_INSTANTIATE(T)                                                                                       \
-  template void layer_norm_cpu<T>(const T*, const T*, const T*, double, bool, int64_t, int64_t, int64_t, T*, T*,   \
-                                  T*);                                                                             \
-  template void layer_norm_backward_cpu<T>(const T*, const T*, const T*, const T*, const T*, int64_t, int64_t,     \
-                                           int64_t, T*);
+#define ALORE_INSTANTIATE(T)                                                                                 \
+  template void layer_norm_cpu<T>(const T*, const T*, const T*, double, bool, int64_t, int64_t, int64_t, T*, \
+                                  T*, T*);                                                                   \
+  template void layer_norm_backward_cpu<T>(const T*, const T*, const T*, const T*, const T*, int64_t,        \
+                                           int64_t, int64_t, T*);
 ALORE_INSTANTIATE(float)
 ALORE_INSTANTIATE(double)
 #undef ALORE_INSTANTIATE

@@ -5,9 +5,9 @@ namespace {
 
 template <typename In, typename Out>
 __global__ void __launch_bounds__(kThreads)
-    layer_norm_kernel(LayerNormShape s, const In* __restrict__ x, const void* weight, const void* bias, double eps,
-                      Out* __restrict__ out, acc_t<In>* __restrict__ mean, acc_t<In>* __restrict__ rstd,
-                      bool statistics_known) {
+    layer_norm_kernel(LayerNormShape s, const In* __restrict__ x, const void* weight, const void* bias,
+                      double eps, Out* __restrict__ out, acc_t<In>* __restrict__ mean,
+                      acc_t<In>* __restrict__ rstd, bool statistics_known) {
   using Acc = acc_t<In>;
   const int64_t t = int64_t{blockIdx.x} * kRowsPerBlock + threadIdx.x / 32;
   if (t >= s.num_tokens) return;
@@ -40,28 +40,29 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-void launch(const CudaContext& context, const LayerNormShape& s, const void* x, const void* weight, const void* bias,
-            double eps, void* out, void* mean, void* rstd, bool statistics_known) {
+void launch(const CudaContext& context, const LayerNormShape& s, const void* x, const void* weight,
+            const void* bias, double eps, void* out, void* mean, void* rstd, bool statistics_known) {
   if (s.num_tokens == 0) return;
   dispatch_norm(s, [&](auto in_tag, auto out_tag) {
     using In = typename decltype(in_tag)::type;
     using Out = typename decltype(out_tag)::type;
     layer_norm_kernel<In, Out><<<row_blocks(s.num_tokens), kThreads, 0, context.stream>>>(
-        s, static_cast<const In*>(x), weight, bias, eps, static_cast<Out*>(out), static_cast<acc_t<In>*>(mean),
-        static_cast<acc_t<In>*>(rstd), statistics_known);
+        s, static_cast<const In*>(x), weight, bias, eps, static_cast<Out*>(out),
+        static_cast<acc_t<In>*>(mean), static_cast<acc_t<In>*>(rstd), statistics_known);
   });
   check_launch("layer_norm_forward");
 }
 
 }  // namespace
 
-void layer_norm_forward(const CudaContext& context, const LayerNormShape& shape, const void* x, const void* weight,
-                        const void* bias, double eps, void* out, void* mean, void* rstd) {
+void layer_norm_forward(const CudaContext& context, const LayerNormShape& shape, const void* x,
+                        const void* weight, const void* bias, double eps, void* out, void* mean, void* rstd) {
   launch(context, shape, x, weight, bias, eps, out, mean, rstd, false);
 }
 
-void layer_norm_recompute(const CudaContext& context, const LayerNormShape& shape, const void* x, const void* weight,
-                          const void* bias, const void* mean, const void* rstd, void* out) {
+void layer_norm_recompute(const CudaContext& context, const LayerNormShape& shape, const void* x,
+                          const void* weight, const void* bias, const void* mean, const void* rstd,
+                          void* out) {
   launch(context, shape, x, weight, bias, 0.0, out, const_cast<void*>(mean), const_cast<void*>(rstd), true);
 }
 

@@ -1,6 +1,6 @@
 // The parts of h = x W^T + b + ((x A^T) * coeff) B^T (MLAE eq. 7) that sit between its matrix products.
-// Row j of A and column j of B are expert row j; coeff[j] carries the mask and 1/(1-p). A masked row (coeff 0) gives
-// exact zeros whatever the products hold.
+// Row j of A and column j of B are expert row j; coeff[j] carries the mask and 1/(1-p). A masked row (coeff
+// 0) gives exact zeros whatever the products hold.
 #pragma once
 
 #include <cstdint>
@@ -36,6 +36,15 @@ void lora_coeff_grad(const CudaContext& context, const LoraShape& shape,
                      int64_t blocks,         // plan_reduce_blocks(num_tokens, rank)
                      void* partial,          // [blocks, rank], accumulate type
                      void* grad_coeff);      // [rank], factor type
+
+// Gradients of A and B into the factors' dtype; a masked row is exactly 0 even where an activation was not
+// finite. Overwrites grad_a and grad_b.
+void lora_unpack_gradients(const CudaContext& context, const LoraShape& shape,
+                           const void* sum_a,  // [rank, in_features], accumulate type
+                           const void* sum_b,  // [out_features, rank], accumulate type
+                           const void* coeff,  // [rank], factor type
+                           void* grad_a,       // [rank, in_features], factor type
+                           void* grad_b);      // [out_features, rank], factor type
 
 }  // namespace alore::kernels
 #endif

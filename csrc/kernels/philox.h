@@ -1,5 +1,6 @@
-// Counter-based random bits for dropout: Philox4x32-10 (Salmon et al., SC 2011). The mask of element i is a function of
-// (seed, i) alone, so backward and activation checkpointing recompute it and CPU and CUDA draw the same one.
+// Counter-based random bits for dropout: Philox4x32-10 (Salmon et al., SC 2011). The mask of element i is a
+// function of (seed, i) alone, so backward and activation checkpointing recompute it and CPU and CUDA draw
+// the same one.
 #pragma once
 
 #include <cstdint>
@@ -21,7 +22,8 @@ ALORE_HOST_DEVICE inline Philox4 philox(uint64_t seed, uint64_t counter) {
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
   for (int round = 0; round < 10; ++round) {
     const uint64_t p0 = uint64_t{0xD2511F53u} * c0, p1 = uint64_t{0xCD9E8D57u} * c2;
-    const uint32_t n0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0, n2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1;
+    const uint32_t n0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0,
+                   n2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1;
     c1 = static_cast<uint32_t>(p1);
     c3 = static_cast<uint32_t>(p0);
     c0 = n0;

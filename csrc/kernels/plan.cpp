@@ -29,7 +29,9 @@ void add_factors(const KronShape& s, Layout& layout, KronPlan& plan) {
 }
 
 void choose_chunks(const KronShape& s, size_t bytes_per_token, KronPlan& plan) {
-  const auto fits = static_cast<int64_t>(kMaxWorkspaceBytes / std::max<size_t>(bytes_per_token, 1));
+  const size_t reserved = kMaxPartials * size_of(accumulate_type(s.activation));
+  const auto fits =
+      static_cast<int64_t>((kMaxWorkspaceBytes - reserved) / std::max<size_t>(bytes_per_token, 1));
   plan.chunk_tokens = std::clamp<int64_t>(fits, 1, std::max<int64_t>(s.num_tokens, 1));
   plan.num_chunks = (s.num_tokens + plan.chunk_tokens - 1) / plan.chunk_tokens;
 }

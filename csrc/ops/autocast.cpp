@@ -1,5 +1,6 @@
-// Autocast: x and frozen weights go to the lower precision, low-rank factors stay as they are (fp32 master factors cost
-// nothing: the kernels read them directly). layer_norm_alore takes x as it comes and writes the lower precision itself.
+// Autocast: x and frozen weights go to the lower precision, low-rank factors stay as they are (fp32 master
+// factors cost nothing: the kernels read them directly). layer_norm_alore takes x as it comes and writes the
+// lower precision itself.
 #include <ATen/autocast_mode.h>
 
 #include "ops/dispatch.h"
@@ -11,11 +12,17 @@ template <c10::DeviceType device>
 struct Lower {
   static at::ScalarType dtype() { return at::autocast::get_autocast_dtype(device); }
   static Tensor cast(const Tensor& t) { return at::autocast::cached_cast(dtype(), t, device); }
-  static OptTensor cast(const OptTensor& t) { return t.has_value() && t->defined() ? OptTensor(cast(*t)) : t; }
+  static OptTensor cast(const OptTensor& t) {
+    return t.has_value() && t->defined() ? OptTensor(cast(*t)) : t;
+  }
 
   // A factor is left in float32, or follows x where it is 16-bit itself; kernels refuse other mixtures.
   static Tensor factor(const Tensor& t, const Tensor& x) {
     return t.scalar_type() == at::kFloat || t.scalar_type() == at::kDouble ? t : t.to(x.scalar_type());
+  }
+
+  static OptTensor factor(const OptTensor& t, const Tensor& x) {
+    return t.has_value() && t->defined() ? OptTensor(factor(*t, x)) : t;
   }
 
   static constexpr c10::DispatchKey key =
@@ -35,25 +42,27 @@ struct Lower {
   }
 
   static std::tuple<Tensor, Tensor, Tensor> layer_norm_alore(const Tensor& x, const OptTensor& weight,
-                                                             const OptTensor& bias, double eps, const Tensor& scale,
-                                                             const Tensor& down, const Tensor& up,
-                                                             const OptTensor& seed, double dropout_p,
+                                                             const OptTensor& bias, double eps,
+                                                             const Tensor& scale, const Tensor& down,
+                                                             const Tensor& up, const OptTensor& seed,
+                                                             double dropout_p,
                                                              std::optional<at::ScalarType> out_dtype) {
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(key);
-    // A 16-bit x of the other kind is brought to the autocast dtype; fp32 is read as it is, fp64 is left alone.
+    // A 16-bit x of the other kind is brought to the autocast dtype; fp32 is read as it is, fp64 is left
+    // alone.
     const bool wide = x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble;
     const Tensor in = wide ? x : cast(x);
     if (x.scalar_type() == at::kFloat && !out_dtype.has_value()) out_dtype = dtype();
-    return layer_norm_alore_op().call(in, weight, bias, eps, factor(scale, in), factor(down, in), factor(up, in),
-                                      seed, dropout_p, out_dtype);
+    return layer_norm_alore_op().call(in, factor(weight, in), factor(bias, in), eps, factor(scale, in),
+                                      factor(down, in), factor(up, in), seed, dropout_p, out_dtype);
   }
 
   static Tensor masked_lora_linear(const Tensor& x, const Tensor& weight, const OptTensor& bias,
                                    const Tensor& lora_a, const Tensor& lora_b, const Tensor& coeff) {
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(key);
     const Tensor low = cast(x);
-    return masked_lora_linear_op().call(low, cast(weight), cast(bias), factor(lora_a, low), factor(lora_b, low),
-                                        factor(coeff, low));
+    return masked_lora_linear_op().call(low, cast(weight), cast(bias), factor(lora_a, low),
+                                        factor(lora_b, low), factor(coeff, low));
   }
 
   static void register_ops(torch::Library& m) {

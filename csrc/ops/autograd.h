@@ -23,8 +23,8 @@ bool any_requires_grad(const Tensors&... tensors) {
 inline Tensor unwrap(const OptTensor& t) { return t.value_or(Tensor()); }
 inline OptTensor wrap(const Tensor& t) { return t.defined() ? OptTensor(t) : std::nullopt; }
 
-// Which gradients this backward must compute. Autograd counts only the tensors that were there, so an absent optional
-// argument shifts those behind it: ask in the order of forward's arguments.
+// Which gradients this backward must compute. Autograd counts only the tensors that were there, so an absent
+// optional argument shifts those behind it: ask in the order of forward's arguments.
 class NeededGrads {
  public:
   explicit NeededGrads(AutogradContext* ctx) : ctx_(ctx) {}
@@ -35,15 +35,16 @@ class NeededGrads {
   size_t edge_ = 0;
 };
 
-// Marks first-order gradients so that differentiating them again raises instead of returning zeros: the backward ops
-// have no derivative of their own.
+// Marks first-order gradients so that differentiating them again raises instead of returning zeros: the
+// backward ops have no derivative of their own.
 template <typename Tuple>
 Tuple once_differentiable(const char* op, Tuple grads) {
   std::apply(
       [&](auto&... g) {
         variable_list list{g...};
         auto node = std::make_shared<torch::autograd::DelayedError>(
-            std::string("alore_ext::") + op + ": double backward is not supported", static_cast<int64_t>(list.size()));
+            std::string("alore_ext::") + op + ": double backward is not supported",
+            static_cast<int64_t>(list.size()));
         for (Tensor& t : list) {
           if (t.defined()) t = t.detach().set_requires_grad(true);
         }

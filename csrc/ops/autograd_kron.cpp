@@ -1,4 +1,5 @@
-// Autograd of kron_linear, alore and layer_norm_alore. Each saves its inputs (and the norm's statistics) and nothing else.
+// Autograd of kron_linear, alore and layer_norm_alore. Each saves its inputs (and the norm's statistics) and
+// nothing else.
 #include "ops/autograd.h"
 
 namespace alore::ops {
@@ -48,9 +49,10 @@ class Alore : public torch::autograd::Function<Alore> {
 
 class LayerNormAlore : public torch::autograd::Function<LayerNormAlore> {
  public:
-  static variable_list forward(AutogradContext* ctx, const Tensor& x, const OptTensor& weight, const OptTensor& bias,
-                               double eps, const Tensor& scale, const Tensor& down, const Tensor& up,
-                               const OptTensor& seed, double dropout_p, std::optional<at::ScalarType> out_dtype) {
+  static variable_list forward(AutogradContext* ctx, const Tensor& x, const OptTensor& weight,
+                               const OptTensor& bias, double eps, const Tensor& scale, const Tensor& down,
+                               const Tensor& up, const OptTensor& seed, double dropout_p,
+                               std::optional<at::ScalarType> out_dtype) {
     const at::AutoDispatchBelowADInplaceOrView below;
     auto [y, mean, rstd] =
         layer_norm_alore_op().call(x, weight, bias, eps, scale, down, up, seed, dropout_p, out_dtype);
@@ -64,11 +66,12 @@ class LayerNormAlore : public torch::autograd::Function<LayerNormAlore> {
     if (!grad[0].defined()) return variable_list(10);
     const auto s = ctx->get_saved_variables();
     NeededGrads needed(ctx);
-    const Mask6 mask{needed.next(),  needed.next(s[1].defined()), needed.next(s[2].defined()), needed.next(),
-                     needed.next(), needed.next()};
-    auto [dx, dweight, dbias, dscale, ddown, dup] = layer_norm_alore_backward_op().call(
-        grad[0], s[0], wrap(s[1]), wrap(s[2]), s[3], s[4], s[5], s[6], s[7], wrap(s[8]),
-        ctx->saved_data["dropout_p"].toDouble(), mask);
+    const Mask6 mask{
+        needed.next(), needed.next(s[1].defined()), needed.next(s[2].defined()), needed.next(), needed.next(),
+        needed.next()};
+    auto [dx, dweight, dbias, dscale, ddown, dup] =
+        layer_norm_alore_backward_op().call(grad[0], s[0], wrap(s[1]), wrap(s[2]), s[3], s[4], s[5], s[6],
+                                            s[7], wrap(s[8]), ctx->saved_data["dropout_p"].toDouble(), mask);
     return {dx, dweight, dbias, Tensor(), dscale, ddown, dup, Tensor(), Tensor(), Tensor()};
   }
 };
@@ -83,16 +86,17 @@ Tensor alore_autograd(const Tensor& x, const Tensor& scale, const Tensor& down, 
 }
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_alore_autograd(const Tensor& x, const OptTensor& weight,
-                                                             const OptTensor& bias, double eps, const Tensor& scale,
-                                                             const Tensor& down, const Tensor& up,
-                                                             const OptTensor& seed, double dropout_p,
+                                                             const OptTensor& bias, double eps,
+                                                             const Tensor& scale, const Tensor& down,
+                                                             const Tensor& up, const OptTensor& seed,
+                                                             double dropout_p,
                                                              std::optional<at::ScalarType> out_dtype) {
   auto out = LayerNormAlore::apply(x, weight, bias, eps, scale, down, up, seed, dropout_p, out_dtype);
   return {out[0], out[1], out[2]};
 }
 
-T4 kron_linear_backward_autograd(const Tensor& grad_out, const Tensor& x, const Tensor& scale, const Tensor& down,
-                                 const Tensor& up, Mask4 mask) {
+T4 kron_linear_backward_autograd(const Tensor& grad_out, const Tensor& x, const Tensor& scale,
+                                 const Tensor& down, const Tensor& up, Mask4 mask) {
   const bool again = any_requires_grad(grad_out, x, scale, down, up);
   T4 grads;
   {

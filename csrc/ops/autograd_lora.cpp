@@ -18,10 +18,10 @@ class MaskedLoraLinear : public torch::autograd::Function<MaskedLoraLinear> {
     if (!grad[0].defined()) return variable_list(6);
     const auto saved = ctx->get_saved_variables();
     NeededGrads needed(ctx);
-    const Mask6 mask{needed.next(), needed.next(), needed.next(ctx->saved_data["has_bias"].toBool()), needed.next(),
-                     needed.next(), needed.next()};
-    auto [dx, dweight, dbias, da, db, dcoeff] =
-        masked_lora_linear_backward_op().call(grad[0], saved[0], saved[1], saved[2], saved[3], saved[4], mask);
+    const Mask6 mask{needed.next(), needed.next(), needed.next(ctx->saved_data["has_bias"].toBool()),
+                     needed.next(), needed.next(), needed.next()};
+    auto [dx, dweight, dbias, da, db, dcoeff] = masked_lora_linear_backward_op().call(
+        grad[0], saved[0], saved[1], saved[2], saved[3], saved[4], mask);
     return {dx, dweight, dbias, da, db, dcoeff};
   }
 };
@@ -45,7 +45,8 @@ T6 masked_lora_linear_backward_autograd(const Tensor& grad_out, const Tensor& x,
 
 template <typename... Tensors>
 void refuse_recording(const char* op, const Tensors&... tensors) {
-  TORCH_CHECK(!any_requires_grad(tensors...), op, ": merging is not differentiable; call it under torch.no_grad()");
+  TORCH_CHECK(!any_requires_grad(tensors...), op,
+              ": merging is not differentiable; call it under torch.no_grad()");
 }
 
 void merge_kron_autograd(const Tensor& weight, const OptTensor& bias, const Tensor& scale, const Tensor& down,
@@ -59,7 +60,8 @@ void merge_kron_autograd(const Tensor& weight, const OptTensor& bias, const Tens
   if (bias.has_value() && bias->defined()) torch::autograd::impl::bump_version(*bias);
 }
 
-void merge_lora_autograd(const Tensor& weight, const Tensor& lora_a, const Tensor& lora_b, const Tensor& coeff) {
+void merge_lora_autograd(const Tensor& weight, const Tensor& lora_a, const Tensor& lora_b,
+                         const Tensor& coeff) {
   refuse_recording("merge_lora_", weight, lora_a, lora_b, coeff);
   {
     const at::AutoDispatchBelowADInplaceOrView below;

@@ -15,7 +15,9 @@ struct FactorGrads {
   Tensor scale, down, up;
 };
 
-inline Tensor zeros_contiguous(const Tensor& t) { return at::zeros_like(t, {}, at::MemoryFormat::Contiguous); }
+inline Tensor zeros_contiguous(const Tensor& t) {
+  return at::zeros_like(t, {}, at::MemoryFormat::Contiguous);
+}
 
 inline FactorGrads zero_grads(Factors f) {
   return {zeros_contiguous(f.scale), zeros_contiguous(f.down), zeros_contiguous(f.up)};

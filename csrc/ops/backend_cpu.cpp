@@ -12,7 +12,9 @@ namespace alore::ops {
 namespace {
 
 // Rows that a thread takes at a time: enough work (about 16k multiply-adds) to be worth handing over.
-int64_t row_grain(int64_t work_per_row) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(work_per_row, 1)); }
+int64_t row_grain(int64_t work_per_row) {
+  return std::max<int64_t>(1, 16384 / std::max<int64_t>(work_per_row, 1));
+}
 
 template <typename F>
 void dispatch_acc(at::ScalarType acc, F&& f) {
@@ -60,9 +62,10 @@ Tensor mix(const Tensor& code, const kernels::KronShape& s, const Tensor& spread
     using T = decltype(zero);
     const T *z = code.const_data_ptr<T>(), *scale = spread.const_data_ptr<T>();
     T* h = mixed.mutable_data_ptr<T>();
-    at::parallel_for(0, s.num_tokens, row_grain(s.s_in * s.s_out * s.width()), [&](int64_t begin, int64_t end) {
-      kernels::kron_mix_cpu<T>(z, scale, begin, end, s.s_in, s.s_out, s.width(), h);
-    });
+    at::parallel_for(0, s.num_tokens, row_grain(s.s_in * s.s_out * s.width()),
+                     [&](int64_t begin, int64_t end) {
+                       kernels::kron_mix_cpu<T>(z, scale, begin, end, s.s_in, s.s_out, s.width(), h);
+                     });
   });
   return mixed;
 }
@@ -73,15 +76,17 @@ Tensor unmix(const Tensor& grad_mixed, const kernels::KronShape& s, const Tensor
     using T = decltype(zero);
     const T *dh = grad_mixed.const_data_ptr<T>(), *scale = spread.const_data_ptr<T>();
     T* dz = grad_code.mutable_data_ptr<T>();
-    at::parallel_for(0, s.num_tokens, row_grain(s.s_in * s.s_out * s.width()), [&](int64_t begin, int64_t end) {
-      kernels::kron_unmix_cpu<T>(dh, scale, begin, end, s.s_in, s.s_out, s.width(), dz);
-    });
+    at::parallel_for(0, s.num_tokens, row_grain(s.s_in * s.s_out * s.width()),
+                     [&](int64_t begin, int64_t end) {
+                       kernels::kron_unmix_cpu<T>(dh, scale, begin, end, s.s_in, s.s_out, s.width(), dz);
+                     });
   });
   return grad_code;
 }
 
 Tensor scale_grad(const Tensor& code, const Tensor& grad_mixed, const kernels::KronShape& s) {
-  // The number of partial sums depends on the shape alone, so the result does not change with the number of threads.
+  // The number of partial sums depends on the shape alone, so the result does not change with the number of
+  // threads.
   const int64_t entries = s.s_in * s.s_out * s.width();
   const int64_t parts = std::clamp<int64_t>(s.num_tokens / row_grain(entries), 1, 64);
   const int64_t per_part = (s.num_tokens + parts - 1) / parts;
@@ -172,8 +177,9 @@ FactorGrads CpuBackend::kron_backward(const Tensor& x, const Tensor& grad_out, F
           grad_up.view({s.num_experts, s.rank, s.p_out}).to(factor)};
 }
 
-Tensor CpuBackend::layer_norm_forward(const Tensor& x, const OptTensor& weight, const OptTensor& bias, double eps,
-                                      at::ScalarType out_dtype, const Tensor& mean, const Tensor& rstd) {
+Tensor CpuBackend::layer_norm_forward(const Tensor& x, const OptTensor& weight, const OptTensor& bias,
+                                      double eps, at::ScalarType out_dtype, const Tensor& mean,
+                                      const Tensor& rstd) {
   return layer_norm_rows(x, weight, bias, eps, false, mean, rstd).to(out_dtype);
 }
 
@@ -203,7 +209,8 @@ Tensor CpuBackend::layer_norm_backward(const Tensor& grad_a, const Tensor& grad_
 
 std::pair<Tensor, Tensor> CpuBackend::layer_norm_affine_backward(const Tensor& grad_a, const Tensor& grad_b,
                                                                  const Tensor& x, const Tensor& mean,
-                                                                 const Tensor& rstd, at::ScalarType affine_dtype) {
+                                                                 const Tensor& rstd,
+                                                                 at::ScalarType affine_dtype) {
   const Tensor grad = total_grad(grad_a, grad_b, mean.scalar_type());
   const Tensor normalised = (x.to(mean.scalar_type()) - mean.unsqueeze(1)) * rstd.unsqueeze(1);
   return {(grad * normalised).sum(0).to(affine_dtype), grad.sum(0).to(affine_dtype)};
@@ -239,15 +246,18 @@ void CpuBackend::lora_forward(const Tensor& x, Lora lora, const Tensor& out) {
   }
 }
 
-LoraGrads CpuBackend::lora_backward(const Tensor& x, const Tensor& grad_out, Lora lora, const Tensor& grad_x) {
+LoraGrads CpuBackend::lora_backward(const Tensor& x, const Tensor& grad_out, Lora lora,
+                                    const Tensor& grad_x) {
   const auto acc = accumulate_type(x.scalar_type()), factor = lora.a.scalar_type();
   const Tensor wide_x = x.to(acc), wide_grad = grad_out.to(acc), coeff = lora.coeff.to(acc);
   const Tensor code = at::mm(wide_x, lora.a.to(acc).t()), grad_code = at::mm(wide_grad, lora.b.to(acc));
   const Tensor scaled_grad = scale_columns(grad_code, coeff);
   LoraGrads grads;
   if (grad_x.defined()) grad_x.copy_(at::addmm(grad_x.to(acc), scaled_grad, lora.a.to(acc)));
-  grads.a = at::mm(scaled_grad.t(), wide_x).to(factor);
-  grads.b = at::mm(wide_grad.t(), scale_columns(code, coeff)).to(factor);
+  // Masked rows are cleared after the products too: 0 * inf in an activation would leave NaN there.
+  const Tensor masked = coeff == 0;
+  grads.a = at::mm(scaled_grad.t(), wide_x).masked_fill_(masked.unsqueeze(1), 0).to(factor);
+  grads.b = at::mm(wide_grad.t(), scale_columns(code, coeff)).masked_fill_(masked, 0).to(factor);
   grads.coeff = (code * grad_code).sum(0).to(factor);
   return grads;
 }

@@ -41,12 +41,14 @@ kernels::LayerNormShape norm_shape(const Tensor& x, const OptTensor& weight, con
           affine.defined() ? kernel_dtype(affine.scalar_type()) : input};
 }
 
-// A contiguous copy of a low-rank factor in the dtype that the products run in; the factor itself where it is that.
+// A contiguous copy of a low-rank factor in the dtype that the products run in; the factor itself where it is
+// that.
 Tensor as_operand(const CudaContext& context, const Tensor& factor, at::ScalarType type) {
   const Tensor in = factor.contiguous();
   if (in.scalar_type() == type) return in;
   Tensor out = at::empty(in.sizes(), in.options().dtype(type));
-  kernels::cast(context, in.numel(), kernel_dtype(in.scalar_type()), read(in), kernel_dtype(type), write(out));
+  kernels::cast(context, in.numel(), kernel_dtype(in.scalar_type()), read(in), kernel_dtype(type),
+                write(out));
   return out;
 }
 
@@ -59,7 +61,11 @@ struct LoraPass {
 
   LoraPass(const Tensor& x, Lora lora)
       : context(current_context()),
-        shape{x.size(0),      x.size(1), lora.b.size(0), lora.a.size(0), kernel_dtype(x.scalar_type()),
+        shape{x.size(0),
+              x.size(1),
+              lora.b.size(0),
+              lora.a.size(0),
+              kernel_dtype(x.scalar_type()),
               kernel_dtype(lora.a.scalar_type())},
         a(as_operand(context, lora.a, x.scalar_type())),
         b(as_operand(context, lora.b, x.scalar_type())),
@@ -73,16 +79,17 @@ struct LoraPass {
   Tensor encode(const Tensor& x) const {
     Tensor code = at::empty({shape.num_tokens, shape.rank}, code_options);
     kernels::gemm(context, Op::kNone, Op::kTranspose, shape.num_tokens, shape.rank, shape.in_features,
-                  shape.activation, read(x), shape.in_features, read(a), shape.in_features, 0.0f, acc(), write(code),
-                  shape.rank);
+                  shape.activation, read(x), shape.in_features, read(a), shape.in_features, 0.0f, acc(),
+                  write(code), shape.rank);
     return code;
   }
 
   // grad_out @ b, [num_tokens, R], accumulate type
   Tensor encode_grad(const Tensor& grad_out) const {
     Tensor code = at::empty({shape.num_tokens, shape.rank}, code_options);
-    kernels::gemm(context, Op::kNone, Op::kNone, shape.num_tokens, shape.rank, shape.out_features, shape.activation,
-                  read(grad_out), shape.out_features, read(b), shape.rank, 0.0f, acc(), write(code), shape.rank);
+    kernels::gemm(context, Op::kNone, Op::kNone, shape.num_tokens, shape.rank, shape.out_features,
+                  shape.activation, read(grad_out), shape.out_features, read(b), shape.rank, 0.0f, acc(),
+                  write(code), shape.rank);
     return code;
   }
 
@@ -119,13 +126,14 @@ FactorGrads CudaBackend::kron_backward(const Tensor& x, const Tensor& grad_out, 
   return grads;
 }
 
-Tensor CudaBackend::layer_norm_forward(const Tensor& x, const OptTensor& weight, const OptTensor& bias, double eps,
-                                       at::ScalarType out_dtype, const Tensor& mean, const Tensor& rstd) {
+Tensor CudaBackend::layer_norm_forward(const Tensor& x, const OptTensor& weight, const OptTensor& bias,
+                                       double eps, at::ScalarType out_dtype, const Tensor& mean,
+                                       const Tensor& rstd) {
   const auto shape = norm_shape(x, weight, bias, out_dtype);
   const OptTensor w = contiguous(weight), b = contiguous(bias);
   Tensor out = at::empty(x.sizes(), x.options().dtype(out_dtype));
-  kernels::layer_norm_forward(current_context(), shape, read(x), read(w), read(b), eps, write(out), write(mean),
-                              write(rstd));
+  kernels::layer_norm_forward(current_context(), shape, read(x), read(w), read(b), eps, write(out),
+                              write(mean), write(rstd));
   return out;
 }
 
@@ -144,29 +152,31 @@ Tensor CudaBackend::layer_norm_backward(const Tensor& grad_a, const Tensor& grad
   const auto shape = norm_shape(x, weight, std::nullopt, grad_a.scalar_type());
   const OptTensor w = contiguous(weight);
   Tensor grad_x = at::empty_like(x);
-  kernels::layer_norm_backward(current_context(), shape, read(grad_a), read(grad_b), read(x), read(w), read(mean),
-                               read(rstd), write(grad_x));
+  kernels::layer_norm_backward(current_context(), shape, read(grad_a), read(grad_b), read(x), read(w),
+                               read(mean), read(rstd), write(grad_x));
   return grad_x;
 }
 
 std::pair<Tensor, Tensor> CudaBackend::layer_norm_affine_backward(const Tensor& grad_a, const Tensor& grad_b,
                                                                   const Tensor& x, const Tensor& mean,
-                                                                  const Tensor& rstd, at::ScalarType affine_dtype) {
+                                                                  const Tensor& rstd,
+                                                                  at::ScalarType affine_dtype) {
   auto shape = norm_shape(x, std::nullopt, std::nullopt, grad_a.scalar_type());
   shape.affine = kernel_dtype(affine_dtype);
   const int64_t blocks = kernels::plan_reduce_blocks(x.size(0), 2 * x.size(1));
   const Tensor partial = at::empty({blocks, 2, x.size(1)}, mean.options());
   const auto options = x.options().dtype(affine_dtype);
   Tensor grad_weight = at::empty({x.size(1)}, options), grad_bias = at::empty({x.size(1)}, options);
-  kernels::layer_norm_affine_backward(current_context(), shape, read(grad_a), read(grad_b), read(x), read(mean),
-                                      read(rstd), write(grad_weight), write(grad_bias), blocks, write(partial));
+  kernels::layer_norm_affine_backward(current_context(), shape, read(grad_a), read(grad_b), read(x),
+                                      read(mean), read(rstd), write(grad_weight), write(grad_bias), blocks,
+                                      write(partial));
   return {grad_weight, grad_bias};
 }
 
 void CudaBackend::dropout_add(const Tensor& base, const Tensor& branch, const Tensor& seed, double p,
                               const Tensor& out) {
-  kernels::dropout_add(current_context(), kernel_dtype(out.scalar_type()), out.numel(), read(base), read(branch),
-                       seed.const_data_ptr<int64_t>(), p, write(out));
+  kernels::dropout_add(current_context(), kernel_dtype(out.scalar_type()), out.numel(), read(base),
+                       read(branch), seed.const_data_ptr<int64_t>(), p, write(out));
 }
 
 void CudaBackend::lora_forward(const Tensor& x, Lora lora, const Tensor& out) {
@@ -177,7 +187,8 @@ void CudaBackend::lora_forward(const Tensor& x, Lora lora, const Tensor& out) {
                 read(scaled), s.rank, read(pass.b), s.rank, 1.0f, s.activation, write(out), s.out_features);
 }
 
-LoraGrads CudaBackend::lora_backward(const Tensor& x, const Tensor& grad_out, Lora lora, const Tensor& grad_x) {
+LoraGrads CudaBackend::lora_backward(const Tensor& x, const Tensor& grad_out, Lora lora,
+                                     const Tensor& grad_x) {
   const LoraPass pass(x, lora);
   const auto& s = pass.shape;
   const Tensor code = pass.encode(x), grad_code = pass.encode_grad(grad_out);
@@ -190,16 +201,22 @@ LoraGrads CudaBackend::lora_backward(const Tensor& x, const Tensor& grad_out, Lo
   // Gradients of A and B leave the products in the accumulate type, whatever the activations are.
   Tensor grad_a = at::empty({s.rank, s.in_features}, pass.code_options);
   kernels::gemm(pass.context, Op::kTranspose, Op::kNone, s.rank, s.in_features, s.num_tokens, s.activation,
-                read(scaled_grad), s.rank, read(x), s.in_features, 0.0f, pass.acc(), write(grad_a), s.in_features);
+                read(scaled_grad), s.rank, read(x), s.in_features, 0.0f, pass.acc(), write(grad_a),
+                s.in_features);
   Tensor grad_b = at::empty({s.out_features, s.rank}, pass.code_options);
   kernels::gemm(pass.context, Op::kTranspose, Op::kNone, s.out_features, s.rank, s.num_tokens, s.activation,
-                read(grad_out), s.out_features, read(scaled), s.rank, 0.0f, pass.acc(), write(grad_b), s.rank);
+                read(grad_out), s.out_features, read(scaled), s.rank, 0.0f, pass.acc(), write(grad_b),
+                s.rank);
   const int64_t blocks = kernels::plan_reduce_blocks(s.num_tokens, s.rank);
   const Tensor partial = at::empty({blocks, s.rank}, pass.code_options);
   Tensor grad_coeff = at::empty({s.rank}, lora.coeff.options());
-  kernels::lora_coeff_grad(pass.context, s, read(code), read(grad_code), blocks, write(partial), write(grad_coeff));
-  return {as_operand(pass.context, grad_a, lora.a.scalar_type()),
-          as_operand(pass.context, grad_b, lora.a.scalar_type()), grad_coeff};
+  kernels::lora_coeff_grad(pass.context, s, read(code), read(grad_code), blocks, write(partial),
+                           write(grad_coeff));
+  LoraGrads grads{at::empty(lora.a.sizes(), lora.a.options()), at::empty(lora.b.sizes(), lora.b.options()),
+                  grad_coeff};
+  kernels::lora_unpack_gradients(pass.context, s, read(grad_a), read(grad_b), read(pass.coeff),
+                                 write(grads.a), write(grads.b));
+  return grads;
 }
 
 }  // namespace alore::ops

@@ -1,5 +1,5 @@
-// The primitives that ops are composed of, on CUDA: workspaces are allocated here, kernels are launched on the current
-// stream. See backend_cpu.h for what each one computes.
+// The primitives that ops are composed of, on CUDA: workspaces are allocated here, kernels are launched on
+// the current stream. See backend_cpu.h for what each one computes.
 #pragma once
 
 #include <c10/cuda/CUDAGuard.h>
@@ -18,17 +18,20 @@ struct CudaBackend {
   static FactorGrads kron_backward(const Tensor& x, const Tensor& grad_out, Factors f, double beta,
                                    const Tensor& grad_x);
 
-  static Tensor layer_norm_forward(const Tensor& x, const OptTensor& weight, const OptTensor& bias, double eps,
-                                   at::ScalarType out_dtype, const Tensor& mean, const Tensor& rstd);
+  static Tensor layer_norm_forward(const Tensor& x, const OptTensor& weight, const OptTensor& bias,
+                                   double eps, at::ScalarType out_dtype, const Tensor& mean,
+                                   const Tensor& rstd);
   static Tensor layer_norm_recompute(const Tensor& x, const OptTensor& weight, const OptTensor& bias,
                                      const Tensor& mean, const Tensor& rstd, at::ScalarType out_dtype);
   static Tensor layer_norm_backward(const Tensor& grad_a, const Tensor& grad_b, const Tensor& x,
                                     const OptTensor& weight, const Tensor& mean, const Tensor& rstd);
   static std::pair<Tensor, Tensor> layer_norm_affine_backward(const Tensor& grad_a, const Tensor& grad_b,
                                                               const Tensor& x, const Tensor& mean,
-                                                              const Tensor& rstd, at::ScalarType affine_dtype);
+                                                              const Tensor& rstd,
+                                                              at::ScalarType affine_dtype);
 
-  static void dropout_add(const Tensor& base, const Tensor& branch, const Tensor& seed, double p, const Tensor& out);
+  static void dropout_add(const Tensor& base, const Tensor& branch, const Tensor& seed, double p,
+                          const Tensor& out);
 
   static void lora_forward(const Tensor& x, Lora lora, const Tensor& out);
   static LoraGrads lora_backward(const Tensor& x, const Tensor& grad_out, Lora lora, const Tensor& grad_x);

@@ -1,5 +1,7 @@
 #include "ops/common.h"
 
+#include <ATen/MemoryOverlap.h>
+
 namespace alore::ops {
 namespace {
 
@@ -14,7 +16,8 @@ void check_activation(const char* op, const Tensor& x) {
 }
 
 void check_device(const char* op, const char* name, const Tensor& t, const Tensor& x) {
-  TORCH_CHECK(t.device() == x.device(), op, ": ", name, " must be on x's device ", x.device(), ", got ", t.device());
+  TORCH_CHECK(t.device() == x.device(), op, ": ", name, " must be on x's device ", x.device(), ", got ",
+              t.device());
   TORCH_CHECK(t.layout() == at::kStrided, op, ": ", name, " must be a dense tensor, got layout ", t.layout());
 }
 
@@ -24,7 +27,8 @@ void check_factor_dtype(const char* op, const char* name, at::ScalarType got, at
               is_half(x) ? " (x's dtype) or Float" : " (x's dtype)", ", got ", got);
 }
 
-void check_same_dtype(const char* op, const char* name, const Tensor& t, const char* other_name, const Tensor& other) {
+void check_same_dtype(const char* op, const char* name, const Tensor& t, const char* other_name,
+                      const Tensor& other) {
   TORCH_CHECK(t.scalar_type() == other.scalar_type(), op, ": ", name, " must have ", other_name, "'s dtype ",
               other.scalar_type(), ", got ", t.scalar_type());
 }
@@ -38,8 +42,8 @@ void check_kron_factors(const char* op, const Tensor& scale, const Tensor& down,
                 " must have no empty axis, got ", t->sym_sizes());
   }
   TORCH_CHECK(down.sym_size(0) == scale.sym_size(0) && up.sym_size(0) == scale.sym_size(0), op,
-              ": scale, down and up must agree in num_experts (their first axis), got ", scale.sym_size(0), ", ",
-              down.sym_size(0), " and ", up.sym_size(0));
+              ": scale, down and up must agree in num_experts (their first axis), got ", scale.sym_size(0),
+              ", ", down.sym_size(0), " and ", up.sym_size(0));
   TORCH_CHECK(down.sym_size(2) == up.sym_size(1), op, ": down and up must agree in rank, got down ",
               down.sym_sizes(), " and up ", up.sym_sizes());
   check_same_dtype(op, "down", down, "scale", scale);
@@ -56,12 +60,15 @@ void check_optional_vector(const char* op, const char* name, const OptTensor& v,
 
 void check_lora_factors(const char* op, const Tensor& weight, const Tensor& lora_a, const Tensor& lora_b,
                         const Tensor& coeff) {
-  TORCH_CHECK(weight.dim() == 2, op, ": weight must be [out_features, in_features], got ", weight.sym_sizes());
+  TORCH_CHECK(weight.dim() == 2, op, ": weight must be [out_features, in_features], got ",
+              weight.sym_sizes());
   TORCH_CHECK(lora_a.dim() == 2 && lora_a.sym_size(1) == weight.sym_size(1) && lora_a.sym_size(0) > 0, op,
-              ": lora_a must be [R, in_features]=[R, ", weight.sym_size(1), "] with R > 0, got ", lora_a.sym_sizes());
+              ": lora_a must be [R, in_features]=[R, ", weight.sym_size(1), "] with R > 0, got ",
+              lora_a.sym_sizes());
   const c10::SymInt rank = lora_a.sym_size(0);
   TORCH_CHECK(lora_b.dim() == 2 && lora_b.sym_size(0) == weight.sym_size(0) && lora_b.sym_size(1) == rank, op,
-              ": lora_b must be [out_features, R]=[", weight.sym_size(0), ", ", rank, "], got ", lora_b.sym_sizes());
+              ": lora_b must be [out_features, R]=[", weight.sym_size(0), ", ", rank, "], got ",
+              lora_b.sym_sizes());
   TORCH_CHECK(coeff.dim() == 1 && coeff.sym_size(0) == rank, op, ": coeff must be [R]=[", rank, "], got ",
               coeff.sym_sizes());
   check_same_dtype(op, "lora_b", lora_b, "lora_a", lora_a);
@@ -71,10 +78,19 @@ void check_lora_factors(const char* op, const Tensor& weight, const Tensor& lora
   check_device(op, "coeff", coeff, weight);
 }
 
+void check_no_overlap(const char* op, const char* name, const Tensor& t) {
+  TORCH_CHECK(
+      at::has_internal_overlap(t) != at::MemOverlap::Yes, op, ": ", name,
+      " must not overlap itself in memory (an expanded tensor cannot be written in place), got strides ",
+      t.sym_strides());
+}
+
 void check_merge_target(const char* op, const Tensor& weight) {
-  TORCH_CHECK(weight.dim() == 2, op, ": weight must be [out_features, in_features], got ", weight.sym_sizes());
+  TORCH_CHECK(weight.dim() == 2, op, ": weight must be [out_features, in_features], got ",
+              weight.sym_sizes());
   TORCH_CHECK(is_supported(weight.scalar_type()), op,
               ": weight must be float64, float32, bfloat16 or float16, got ", weight.scalar_type());
+  check_no_overlap(op, "weight", weight);
 }
 
 void check_floating(const char* op, const char* name, const Tensor& t) {
@@ -115,8 +131,8 @@ void check_kron(const char* op, const Tensor& x, const Tensor& scale, const Tens
   check_device(op, "down", down, x);
   check_device(op, "up", up, x);
   const c10::SymInt width = scale.sym_size(1) * down.sym_size(1);
-  TORCH_CHECK(x.sym_size(-1) == width, op, ": the last axis of x must be s_in * p_in = ", scale.sym_size(1), " * ",
-              down.sym_size(1), " = ", width, ", got ", x.sym_sizes());
+  TORCH_CHECK(x.sym_size(-1) == width, op, ": the last axis of x must be s_in * p_in = ", scale.sym_size(1),
+              " * ", down.sym_size(1), " = ", width, ", got ", x.sym_sizes());
   if (width_rule == Width::kResidual) {
     const c10::SymInt out = scale.sym_size(2) * up.sym_size(2);
     TORCH_CHECK(out == width, op, ": adds its result to x, so s_out * p_out must be ", width, ", got ",
@@ -126,15 +142,16 @@ void check_kron(const char* op, const Tensor& x, const Tensor& scale, const Tens
 
 void check_dropout(const char* op, const Tensor& x, const OptTensor& seed, double p) {
   TORCH_CHECK(p >= 0.0 && p < 1.0, op, ": dropout_p must be in [0, 1), got ", p);
-  if (p == 0.0) return;
+  // A seed that no one reads is checked as well: its device takes part in choosing the kernel.
+  if (p == 0.0 && !(seed.has_value() && seed->defined())) return;
   TORCH_CHECK(seed.has_value() && seed->defined(), op, ": dropout_p = ", p, " needs a seed tensor, got none");
   TORCH_CHECK(seed->scalar_type() == at::kLong && seed->sym_numel() == 1, op,
               ": seed must be one int64, got ", seed->scalar_type(), " ", seed->sym_sizes());
   check_device(op, "seed", *seed, x);
 }
 
-void check_layer_norm(const char* op, const Tensor& x, const OptTensor& weight, const OptTensor& bias, double eps,
-                      std::optional<at::ScalarType> out_dtype) {
+void check_layer_norm(const char* op, const Tensor& x, const OptTensor& weight, const OptTensor& bias,
+                      double eps, std::optional<at::ScalarType> out_dtype) {
   const c10::SymInt width = x.sym_size(-1);
   check_optional_vector(op, "weight", weight, width, x);
   check_optional_vector(op, "bias", bias, width, x);
@@ -147,17 +164,28 @@ void check_layer_norm(const char* op, const Tensor& x, const OptTensor& weight, 
   TORCH_CHECK(eps >= 0.0, op, ": eps must not be negative, got ", eps);
   if (out_dtype.has_value()) {
     TORCH_CHECK(*out_dtype == x.scalar_type() || (x.scalar_type() == at::kFloat && is_half(*out_dtype)), op,
-                ": out_dtype must be x's dtype, or 16-bit for a Float x; got ", *out_dtype, " for ", x.scalar_type());
+                ": out_dtype must be x's dtype, or 16-bit for a Float x; got ", *out_dtype, " for ",
+                x.scalar_type());
   }
 }
 
-void check_lora(const char* op, const Tensor& x, const Tensor& weight, const OptTensor& bias, const Tensor& lora_a,
-                const Tensor& lora_b, const Tensor& coeff) {
+void check_statistics(const char* op, const Tensor& x, const Tensor& mean, const Tensor& rstd) {
+  const auto leading = x.sym_sizes().slice(0, x.dim() - 1);
+  const auto acc = accumulate_type(x.scalar_type());
+  for (const auto& [name, t] : {std::pair{"mean", &mean}, {"rstd", &rstd}}) {
+    TORCH_CHECK(t->sym_sizes() == leading, op, ": ", name, " must be ", leading, ", got ", t->sym_sizes());
+    TORCH_CHECK(t->scalar_type() == acc, op, ": ", name, " must be ", acc, ", got ", t->scalar_type());
+    check_device(op, name, *t, x);
+  }
+}
+
+void check_lora(const char* op, const Tensor& x, const Tensor& weight, const OptTensor& bias,
+                const Tensor& lora_a, const Tensor& lora_b, const Tensor& coeff) {
   check_activation(op, x);
   check_device(op, "weight", weight, x);
   check_lora_factors(op, weight, lora_a, lora_b, coeff);
-  TORCH_CHECK(x.sym_size(-1) == weight.sym_size(1), op, ": the last axis of x must be in_features=",
-              weight.sym_size(1), ", got ", x.sym_sizes());
+  TORCH_CHECK(x.sym_size(-1) == weight.sym_size(1), op,
+              ": the last axis of x must be in_features=", weight.sym_size(1), ", got ", x.sym_sizes());
   check_same_dtype(op, "weight", weight, "x", x);
   check_optional_vector(op, "bias", bias, weight.sym_size(0), x);
   if (bias.has_value() && bias->defined()) check_same_dtype(op, "bias", *bias, "x", x);
@@ -168,7 +196,8 @@ void check_merge_kron(const Tensor& weight, const OptTensor& bias, const Tensor&
                       const Tensor& up, std::string_view side) {
   constexpr const char* op = "merge_kron_";
   check_merge_target(op, weight);
-  TORCH_CHECK(side == "before" || side == "after", op, ": side must be \"before\" or \"after\", got \"", side, "\"");
+  TORCH_CHECK(side == "before" || side == "after", op, ": side must be \"before\" or \"after\", got \"", side,
+              "\"");
   check_kron_factors(op, scale, down, up);
   check_floating(op, "scale", scale);
   check_device(op, "scale", scale, weight);
@@ -180,7 +209,10 @@ void check_merge_kron(const Tensor& weight, const OptTensor& bias, const Tensor&
   TORCH_CHECK(in == dim && out == dim, op, ": the adapter must be square on weight's ",
               before ? "in_features=" : "out_features=", dim, ", got ", in, " -> ", out);
   check_optional_vector(op, "bias", bias, weight.sym_size(0), weight);
-  if (bias.has_value() && bias->defined()) check_floating(op, "bias", *bias);
+  if (bias.has_value() && bias->defined()) {
+    check_floating(op, "bias", *bias);
+    check_no_overlap(op, "bias", *bias);
+  }
 }
 
 void check_merge_lora(const Tensor& weight, const Tensor& lora_a, const Tensor& lora_b, const Tensor& coeff) {
@@ -191,8 +223,10 @@ void check_merge_lora(const Tensor& weight, const Tensor& lora_a, const Tensor& 
 
 void check_grad(const char* op, const Tensor& grad_out, c10::SymIntArrayRef sizes, const Tensor& like,
                 at::ScalarType dtype) {
-  TORCH_CHECK(grad_out.sym_sizes() == sizes, op, ": grad_out must be ", sizes, ", got ", grad_out.sym_sizes());
-  TORCH_CHECK(grad_out.scalar_type() == dtype, op, ": grad_out must be ", dtype, ", got ", grad_out.scalar_type());
+  TORCH_CHECK(grad_out.sym_sizes() == sizes, op, ": grad_out must be ", sizes, ", got ",
+              grad_out.sym_sizes());
+  TORCH_CHECK(grad_out.scalar_type() == dtype, op, ": grad_out must be ", dtype, ", got ",
+              grad_out.scalar_type());
   check_device(op, "grad_out", grad_out, like);
 }
 

@@ -21,7 +21,8 @@ at::ScalarType accumulate_type(at::ScalarType type);
 // x flattened to [num_tokens, x.size(-1)], contiguous. Works for 0 tokens.
 Tensor flatten_tokens(const Tensor& x);
 
-// ---- Checks: the same on CPU, CUDA and Meta, so that a call which fails on one fails on all -----------------------
+// ---- Checks: the same on CPU, CUDA and Meta, so that a call which fails on one fails on all
+// -----------------------
 
 // A residual map (alore, layer_norm_alore) must be as wide at its output as at its input.
 enum class Width { kAny, kResidual };
@@ -29,10 +30,12 @@ enum class Width { kAny, kResidual };
 void check_kron(const char* op, const Tensor& x, const Tensor& scale, const Tensor& down, const Tensor& up,
                 Width width);
 void check_dropout(const char* op, const Tensor& x, const OptTensor& seed, double p);
-void check_layer_norm(const char* op, const Tensor& x, const OptTensor& weight, const OptTensor& bias, double eps,
-                      std::optional<at::ScalarType> out_dtype);
-void check_lora(const char* op, const Tensor& x, const Tensor& weight, const OptTensor& bias, const Tensor& lora_a,
-                const Tensor& lora_b, const Tensor& coeff);
+void check_layer_norm(const char* op, const Tensor& x, const OptTensor& weight, const OptTensor& bias,
+                      double eps, std::optional<at::ScalarType> out_dtype);
+// The norm's statistics as its forward returned them: x's leading axes, accumulate type.
+void check_statistics(const char* op, const Tensor& x, const Tensor& mean, const Tensor& rstd);
+void check_lora(const char* op, const Tensor& x, const Tensor& weight, const OptTensor& bias,
+                const Tensor& lora_a, const Tensor& lora_b, const Tensor& coeff);
 void check_merge_kron(const Tensor& weight, const OptTensor& bias, const Tensor& scale, const Tensor& down,
                       const Tensor& up, std::string_view side);
 void check_merge_lora(const Tensor& weight, const Tensor& lora_a, const Tensor& lora_b, const Tensor& coeff);

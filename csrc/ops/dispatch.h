@@ -13,10 +13,10 @@ auto typed_op(const char* name) {
 }
 
 // One handle per op, looked up once: at batch 32 a step makes dozens of these calls.
-#define ALORE_OP(name, ...)                                                      \
-  inline const auto& name##_op() {                                               \
-    static const auto op = typed_op<__VA_ARGS__>("alore_ext::" #name);           \
-    return op;                                                                   \
+#define ALORE_OP(name, ...)                                            \
+  inline const auto& name##_op() {                                     \
+    static const auto op = typed_op<__VA_ARGS__>("alore_ext::" #name); \
+    return op;                                                         \
   }
 
 using Mask4 = std::array<bool, 4>;
@@ -31,18 +31,18 @@ ALORE_OP(alore, Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor
 ALORE_OP(alore_backward, T4(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                             const OptTensor&, double, Mask4))
 ALORE_OP(layer_norm_alore,
-         std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const OptTensor&, const OptTensor&, double, const Tensor&,
-                                            const Tensor&, const Tensor&, const OptTensor&, double,
-                                            std::optional<at::ScalarType>))
+         std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const OptTensor&, const OptTensor&, double,
+                                            const Tensor&, const Tensor&, const Tensor&, const OptTensor&,
+                                            double, std::optional<at::ScalarType>))
 ALORE_OP(layer_norm_alore_backward,
          T6(const Tensor&, const Tensor&, const OptTensor&, const OptTensor&, const Tensor&, const Tensor&,
             const Tensor&, const Tensor&, const Tensor&, const OptTensor&, double, Mask6))
-ALORE_OP(masked_lora_linear, Tensor(const Tensor&, const Tensor&, const OptTensor&, const Tensor&, const Tensor&,
-                                    const Tensor&))
-ALORE_OP(masked_lora_linear_backward, T6(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                                         const Tensor&, Mask6))
-ALORE_OP(merge_kron_, void(const Tensor&, const OptTensor&, const Tensor&, const Tensor&, const Tensor&,
-                           std::string_view))
+ALORE_OP(masked_lora_linear,
+         Tensor(const Tensor&, const Tensor&, const OptTensor&, const Tensor&, const Tensor&, const Tensor&))
+ALORE_OP(masked_lora_linear_backward,
+         T6(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, Mask6))
+ALORE_OP(merge_kron_,
+         void(const Tensor&, const OptTensor&, const Tensor&, const Tensor&, const Tensor&, std::string_view))
 ALORE_OP(merge_lora_, void(const Tensor&, const Tensor&, const Tensor&, const Tensor&))
 
 #undef ALORE_OP

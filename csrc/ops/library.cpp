@@ -1,29 +1,35 @@
-// Every operator's schema: the one-page API of torch.ops.alore_ext. Kernels are registered in register_*.cpp (CPU, CUDA,
-// Meta) and autograd_*.cpp / autocast.cpp.
+// Every operator's schema: the one-page API of torch.ops.alore_ext. Kernels are registered in register_*.cpp
+// (CPU, CUDA, Meta) and autograd_*.cpp / autocast.cpp.
 //
-// Shapes: x [..., s_in * p_in]; scale [E, s_in, s_out]; down [E, p_in, r]; up [E, r, p_out]; seed one int64 on x's device;
-// lora_a [R, in]; lora_b [out, R]; coeff [R]; output_mask: which gradients are wanted, in the order of the outputs.
+// Shapes: x [..., s_in * p_in]; scale [E, s_in, s_out]; down [E, p_in, r]; up [E, r, p_out]; seed one int64
+// on x's device; lora_a [R, in]; lora_b [out, R]; coeff [R]; output_mask: which gradients are wanted, in the
+// order of the outputs.
 #include <torch/library.h>
 
 TORCH_LIBRARY(alore_ext, m) {
   m.def("kron_linear(Tensor x, Tensor scale, Tensor down, Tensor up) -> Tensor");
   m.def(
-      "kron_linear_backward(Tensor grad_out, Tensor x, Tensor scale, Tensor down, Tensor up, bool[4] output_mask)"
+      "kron_linear_backward(Tensor grad_out, Tensor x, Tensor scale, Tensor down, Tensor up, bool[4] "
+      "output_mask)"
       " -> (Tensor, Tensor, Tensor, Tensor)");
 
   m.def(
-      "alore(Tensor x, Tensor scale, Tensor down, Tensor up, Tensor? seed=None, float dropout_p=0.0) -> Tensor");
+      "alore(Tensor x, Tensor scale, Tensor down, Tensor up, Tensor? seed=None, float dropout_p=0.0) -> "
+      "Tensor");
   m.def(
-      "alore_backward(Tensor grad_out, Tensor x, Tensor scale, Tensor down, Tensor up, Tensor? seed, float dropout_p,"
+      "alore_backward(Tensor grad_out, Tensor x, Tensor scale, Tensor down, Tensor up, Tensor? seed, float "
+      "dropout_p,"
       " bool[4] output_mask) -> (Tensor, Tensor, Tensor, Tensor)");
 
   // Returns y, mean, rstd; the statistics are x's leading axes, in the accumulate type.
   m.def(
-      "layer_norm_alore(Tensor x, Tensor? weight, Tensor? bias, float eps, Tensor scale, Tensor down, Tensor up,"
+      "layer_norm_alore(Tensor x, Tensor? weight, Tensor? bias, float eps, Tensor scale, Tensor down, Tensor "
+      "up,"
       " Tensor? seed=None, float dropout_p=0.0, ScalarType? out_dtype=None) -> (Tensor, Tensor, Tensor)");
   // Gradients of x, weight, bias, scale, down, up.
   m.def(
-      "layer_norm_alore_backward(Tensor grad_out, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd,"
+      "layer_norm_alore_backward(Tensor grad_out, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, "
+      "Tensor rstd,"
       " Tensor scale, Tensor down, Tensor up, Tensor? seed, float dropout_p, bool[6] output_mask)"
       " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 
@@ -36,6 +42,7 @@ TORCH_LIBRARY(alore_ext, m) {
       " Tensor coeff, bool[6] output_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 
   m.def(
-      "merge_kron_(Tensor(a!) weight, Tensor(b!)? bias, Tensor scale, Tensor down, Tensor up, str side) -> ()");
+      "merge_kron_(Tensor(a!) weight, Tensor(b!)? bias, Tensor scale, Tensor down, Tensor up, str side) -> "
+      "()");
   m.def("merge_lora_(Tensor(a!) weight, Tensor lora_a, Tensor lora_b, Tensor coeff) -> ()");
 }

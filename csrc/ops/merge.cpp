@@ -1,5 +1,5 @@
-// In-place merging, the same code on CPU and CUDA: products in float32 (float64 for float64), one rounding at the end.
-#include <ATen/MemoryOverlap.h>
+// In-place merging, the same code on CPU and CUDA: products in float32 (float64 for float64), one rounding at
+// the end.
 #include <ATen/Context.h>
 
 #include "ops/common.h"
@@ -22,7 +22,6 @@ at::ScalarType merge_type(const Tensor& weight, const Tensor& factor) {
 void merge_kron_(const Tensor& weight, const OptTensor& bias, const Tensor& scale, const Tensor& down,
                  const Tensor& up, std::string_view side) {
   check_merge_kron(weight, bias, scale, down, up, side);
-  at::assert_no_internal_overlap(weight);
   const at::NoTF32Guard exact;
   const auto acc = merge_type(weight, scale);
   const Tensor w = weight.to(acc), s = scale.to(acc), d = down.to(acc), u = up.to(acc);
@@ -42,7 +41,6 @@ void merge_kron_(const Tensor& weight, const OptTensor& bias, const Tensor& scal
 
 void merge_lora_(const Tensor& weight, const Tensor& lora_a, const Tensor& lora_b, const Tensor& coeff) {
   check_merge_lora(weight, lora_a, lora_b, coeff);
-  at::assert_no_internal_overlap(weight);
   const at::NoTF32Guard exact;
   const auto acc = merge_type(weight, lora_a);
   weight.copy_(at::addmm(weight.to(acc), lora_b.to(acc) * coeff.to(acc), lora_a.to(acc)));

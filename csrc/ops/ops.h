@@ -46,8 +46,8 @@ Grads4 kron_linear_backward(const Tensor& grad_out, const Tensor& x, const Tenso
 }
 
 template <typename Backend>
-Tensor alore(const Tensor& x, const Tensor& scale, const Tensor& down, const Tensor& up, const OptTensor& seed,
-             double dropout_p) {
+Tensor alore(const Tensor& x, const Tensor& scale, const Tensor& down, const Tensor& up,
+             const OptTensor& seed, double dropout_p) {
   check_kron("alore", x, scale, down, up, Width::kResidual);
   check_dropout("alore", x, seed, dropout_p);
   const typename Backend::Guard guard(x);
@@ -89,9 +89,10 @@ Grads4 alore_backward(const Tensor& grad_out, const Tensor& x, const Tensor& sca
 }
 
 template <typename Backend>
-std::tuple<Tensor, Tensor, Tensor> layer_norm_alore(const Tensor& x, const OptTensor& weight, const OptTensor& bias,
-                                                    double eps, const Tensor& scale, const Tensor& down,
-                                                    const Tensor& up, const OptTensor& seed, double dropout_p,
+std::tuple<Tensor, Tensor, Tensor> layer_norm_alore(const Tensor& x, const OptTensor& weight,
+                                                    const OptTensor& bias, double eps, const Tensor& scale,
+                                                    const Tensor& down, const Tensor& up,
+                                                    const OptTensor& seed, double dropout_p,
                                                     std::optional<at::ScalarType> out_dtype) {
   check_kron("layer_norm_alore", x, scale, down, up, Width::kResidual);
   check_layer_norm("layer_norm_alore", x, weight, bias, eps, out_dtype);
@@ -100,8 +101,8 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_alore(const Tensor& x, const OptTe
   const Tensor flat = flatten_tokens(x);
   const auto statistics = flat.options().dtype(accumulate_type(x.scalar_type()));
   const Tensor mean = at::empty({flat.size(0)}, statistics), rstd = at::empty({flat.size(0)}, statistics);
-  const Tensor out = Backend::layer_norm_forward(flat, weight, bias, eps, out_dtype.value_or(x.scalar_type()), mean,
-                                                 rstd);
+  const Tensor out =
+      Backend::layer_norm_forward(flat, weight, bias, eps, out_dtype.value_or(x.scalar_type()), mean, rstd);
   if (dropout_p == 0.0) {
     Backend::kron_forward(out, {scale, down, up}, 1.0, out);
   } else {
@@ -115,14 +116,17 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_alore(const Tensor& x, const OptTe
 
 template <typename Backend>
 Grads6 layer_norm_alore_backward(const Tensor& grad_out, const Tensor& x, const OptTensor& weight,
-                                 const OptTensor& bias, const Tensor& mean, const Tensor& rstd, const Tensor& scale,
-                                 const Tensor& down, const Tensor& up, const OptTensor& seed, double dropout_p,
-                                 std::array<bool, 6> mask) {
+                                 const OptTensor& bias, const Tensor& mean, const Tensor& rstd,
+                                 const Tensor& scale, const Tensor& down, const Tensor& up,
+                                 const OptTensor& seed, double dropout_p, std::array<bool, 6> mask) {
   const auto out_dtype = grad_out.scalar_type();
   check_kron("layer_norm_alore_backward", x, scale, down, up, Width::kResidual);
   check_layer_norm("layer_norm_alore_backward", x, weight, bias, 0.0, out_dtype);
+  check_statistics("layer_norm_alore_backward", x, mean, rstd);
   check_dropout("layer_norm_alore_backward", x, seed, dropout_p);
   check_grad("layer_norm_alore_backward", grad_out, x.sym_sizes(), x, out_dtype);
+  mask[1] = mask[1] && weight.has_value() && weight->defined();
+  mask[2] = mask[2] && bias.has_value() && bias->defined();
   const typename Backend::Guard guard(x);
   const Tensor flat = flatten_tokens(x), grad = flatten_tokens(grad_out);
   const Tensor flat_mean = mean.reshape({flat.size(0)}), flat_rstd = rstd.reshape({flat.size(0)});
@@ -139,8 +143,8 @@ Grads6 layer_norm_alore_backward(const Tensor& grad_out, const Tensor& x, const 
     std::tie(grad_weight, grad_bias) =
         Backend::layer_norm_affine_backward(grad, grad_normed, flat, flat_mean, flat_rstd, affine);
   }
-  return {like_input(grad_x, x, mask[0]),   wanted(mask[1], grad_weight), wanted(mask[2], grad_bias),
-          wanted(mask[3], grads.scale), wanted(mask[4], grads.down),  wanted(mask[5], grads.up)};
+  return {like_input(grad_x, x, mask[0]), wanted(mask[1], grad_weight), wanted(mask[2], grad_bias),
+          wanted(mask[3], grads.scale),   wanted(mask[4], grads.down),  wanted(mask[5], grads.up)};
 }
 
 template <typename Backend>
@@ -169,12 +173,9 @@ Grads6 masked_lora_linear_backward(const Tensor& grad_out, const Tensor& x, cons
   } else {
     grads = {zeros_contiguous(lora_a), zeros_contiguous(lora_b), zeros_contiguous(coeff)};
   }
-  return {like_input(grad_x, x, mask[0]),
-          mask[1] ? at::mm(grad.t(), flat) : Tensor(),
-          mask[2] ? grad.sum(0) : Tensor(),
-          wanted(mask[3], grads.a),
-          wanted(mask[4], grads.b),
-          wanted(mask[5], grads.coeff)};
+  return {like_input(grad_x, x, mask[0]),   mask[1] ? at::mm(grad.t(), flat) : Tensor(),
+          mask[2] ? grad.sum(0) : Tensor(), wanted(mask[3], grads.a),
+          wanted(mask[4], grads.b),         wanted(mask[5], grads.coeff)};
 }
 
 // Registers every op of one backend under the current dispatch key.

@@ -1,4 +1,5 @@
-// Shapes and dtypes without data, for FakeTensor, torch.compile and torch.export. The checks are the real kernels' own.
+// Shapes and dtypes without data, for FakeTensor, torch.compile and torch.export. The checks are the real
+// kernels' own.
 #include "ops/ops.h"
 
 namespace alore::ops {
@@ -21,22 +22,23 @@ Tensor kron_linear_meta(const Tensor& x, const Tensor& scale, const Tensor& down
   return empty(kron_output_sizes(x, scale, up), x);
 }
 
-Grads4 kron_linear_backward_meta(const Tensor& grad_out, const Tensor& x, const Tensor& scale, const Tensor& down,
-                                 const Tensor& up, std::array<bool, 4> mask) {
+Grads4 kron_linear_backward_meta(const Tensor& grad_out, const Tensor& x, const Tensor& scale,
+                                 const Tensor& down, const Tensor& up, std::array<bool, 4> mask) {
   check_kron("kron_linear_backward", x, scale, down, up, Width::kAny);
   check_grad("kron_linear_backward", grad_out, kron_output_sizes(x, scale, up), x, x.scalar_type());
   return {grad_like(mask[0], x), grad_like(mask[1], scale), grad_like(mask[2], down), grad_like(mask[3], up)};
 }
 
-Tensor alore_meta(const Tensor& x, const Tensor& scale, const Tensor& down, const Tensor& up, const OptTensor& seed,
-                  double dropout_p) {
+Tensor alore_meta(const Tensor& x, const Tensor& scale, const Tensor& down, const Tensor& up,
+                  const OptTensor& seed, double dropout_p) {
   check_kron("alore", x, scale, down, up, Width::kResidual);
   check_dropout("alore", x, seed, dropout_p);
   return empty(x.sym_sizes(), x);
 }
 
 Grads4 alore_backward_meta(const Tensor& grad_out, const Tensor& x, const Tensor& scale, const Tensor& down,
-                           const Tensor& up, const OptTensor& seed, double dropout_p, std::array<bool, 4> mask) {
+                           const Tensor& up, const OptTensor& seed, double dropout_p,
+                           std::array<bool, 4> mask) {
   check_kron("alore_backward", x, scale, down, up, Width::kResidual);
   check_dropout("alore_backward", x, seed, dropout_p);
   check_grad("alore_backward", grad_out, x.sym_sizes(), x, x.scalar_type());
@@ -44,9 +46,11 @@ Grads4 alore_backward_meta(const Tensor& grad_out, const Tensor& x, const Tensor
 }
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_alore_meta(const Tensor& x, const OptTensor& weight,
-                                                         const OptTensor& bias, double eps, const Tensor& scale,
-                                                         const Tensor& down, const Tensor& up, const OptTensor& seed,
-                                                         double dropout_p, std::optional<at::ScalarType> out_dtype) {
+                                                         const OptTensor& bias, double eps,
+                                                         const Tensor& scale, const Tensor& down,
+                                                         const Tensor& up, const OptTensor& seed,
+                                                         double dropout_p,
+                                                         std::optional<at::ScalarType> out_dtype) {
   check_kron("layer_norm_alore", x, scale, down, up, Width::kResidual);
   check_layer_norm("layer_norm_alore", x, weight, bias, eps, out_dtype);
   check_dropout("layer_norm_alore", x, seed, dropout_p);
@@ -57,19 +61,20 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_alore_meta(const Tensor& x, const 
 }
 
 Grads6 layer_norm_alore_backward_meta(const Tensor& grad_out, const Tensor& x, const OptTensor& weight,
-                                      const OptTensor& bias, const Tensor&, const Tensor&, const Tensor& scale,
-                                      const Tensor& down, const Tensor& up, const OptTensor& seed, double dropout_p,
-                                      std::array<bool, 6> mask) {
+                                      const OptTensor& bias, const Tensor& mean, const Tensor& rstd,
+                                      const Tensor& scale, const Tensor& down, const Tensor& up,
+                                      const OptTensor& seed, double dropout_p, std::array<bool, 6> mask) {
   check_kron("layer_norm_alore_backward", x, scale, down, up, Width::kResidual);
   check_layer_norm("layer_norm_alore_backward", x, weight, bias, 0.0, grad_out.scalar_type());
+  check_statistics("layer_norm_alore_backward", x, mean, rstd);
   check_dropout("layer_norm_alore_backward", x, seed, dropout_p);
   check_grad("layer_norm_alore_backward", grad_out, x.sym_sizes(), x, grad_out.scalar_type());
   return {grad_like(mask[0], x),     grad_like(mask[1], weight), grad_like(mask[2], bias),
           grad_like(mask[3], scale), grad_like(mask[4], down),   grad_like(mask[5], up)};
 }
 
-Tensor masked_lora_linear_meta(const Tensor& x, const Tensor& weight, const OptTensor& bias, const Tensor& lora_a,
-                               const Tensor& lora_b, const Tensor& coeff) {
+Tensor masked_lora_linear_meta(const Tensor& x, const Tensor& weight, const OptTensor& bias,
+                               const Tensor& lora_a, const Tensor& lora_b, const Tensor& coeff) {
   check_lora("masked_lora_linear", x, weight, bias, lora_a, lora_b, coeff);
   return empty(lora_output_sizes(x, weight), x);
 }
