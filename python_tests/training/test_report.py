@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from matplotlib.figure import Figure
 
 from alore_ext.training.files import LOG_FILE
 from alore_ext.training.report import describe_merge, human_bytes, plot, table
@@ -50,7 +51,8 @@ def test_table_has_a_row_a_method():
 
 def test_merge_line_says_whether_accuracy_is_equal():
     assert describe_merge(CHECK) == (
-        "largest logit difference 2.4e-06 (largest logit 12.5), accuracy equal (95.73 %), 0 predictions changed"
+        "largest logit difference 2.4e-06 (largest logit 12.5), "
+        "accuracy equal (95.73 %), 0 predictions changed"
     )
     unequal = MergeCheck(0.1, 12.5, 0.9573, 0.95, 3)
     assert "accuracy 95.00 % against 95.73 %, 3 predictions changed" in describe_merge(unequal)
@@ -58,8 +60,6 @@ def test_merge_line_says_whether_accuracy_is_equal():
 
 @pytest.mark.parametrize("methods, panels", [(("alore",), 2), (("linear", "alore", "mlae", "full"), 3)])
 def test_plot_draws_what_the_logs_hold(tmp_path, methods, panels, monkeypatch):
-    import matplotlib.figure
-
     folders = {}
     for method in methods:
         folders[method] = tmp_path / method
@@ -68,11 +68,8 @@ def test_plot_draws_what_the_logs_hold(tmp_path, methods, panels, monkeypatch):
         lines[1]["eval_accuracy"], lines[2]["eval_accuracy"] = 0.5, 0.75
         lines.append({"event": "end", "test_accuracy": 0.75})
         (folders[method] / LOG_FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
-    drawn = []
-    save = matplotlib.figure.Figure.savefig
-    monkeypatch.setattr(
-        matplotlib.figure.Figure, "savefig", lambda self, *a, **k: (drawn.append(self), save(self, *a, **k))
-    )
+    drawn, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (drawn.append(self), save(self, *a, **k)))
     plot(folders, [result(method, 1000, 0.75) for method in methods], tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     axes = drawn[0].axes
