@@ -1,0 +1,103 @@
+"""Calls of every op in the `torch.ops.alore_ext` namespace, backward and in-place ones included, as (op, arguments)."""
+
+import torch
+from op_cases import draw, kron_args, layer_norm_args, lora_args
+
+namespace = torch.ops.alore_ext
+
+
+def seed(value, device="cpu"):
+    return torch.tensor([value], device=device)
+
+
+def forward_calls(device="cpu", dtype=torch.float64, factor_dtype=None):
+    """The differentiable ops, with the variants of their optional arguments."""
+    options = {"device": device, "dtype": dtype, "factor_dtype": factor_dtype}
+    kron, norm, lora = kron_args(**options), layer_norm_args(**options), lora_args(**options)
+    dropped = (seed(7, device), 0.3)
+    low = () if dtype != torch.float32 else (None, 0.0, torch.bfloat16)
+    return {
+        "kron_linear": (namespace.kron_linear, [*kron.values()]),
+        "kron_linear-rectangular": (
+            namespace.kron_linear,
+            [*kron_args((2, 3, 5, 4, 2, 3), (2, 3), **options).values()],
+        ),
+        "alore": (namespace.alore, [*kron.values()]),
+        "alore-dropout": (namespace.alore, [*kron.values(), *dropped]),
+        "layer_norm_alore": (namespace.layer_norm_alore, [*norm.values(), *low]),
+        "layer_norm_alore-dropout": (namespace.layer_norm_alore, [*norm.values(), *dropped]),
+        "layer_norm_alore-no-affine": (
+            namespace.layer_norm_alore,
+            [*(norm | {"weight": None, "bias": None}).values()],
+        ),
+        "layer_norm_alore-weight-only": (namespace.layer_norm_alore, [*(norm | {"bias": None}).values()]),
+        "masked_lora_linear": (namespace.masked_lora_linear, [*lora.values()]),
+        "masked_lora_linear-no-bias": (namespace.masked_lora_linear, [*(lora | {"bias": None}).values()]),
+    }
+
+
+def backward_calls(device="cpu", dtype=torch.float64, factor_dtype=None):
+    """The backward ops, asked for all gradients and for some."""
+    options = {"device": device, "dtype": dtype, "factor_dtype": factor_dtype}
+    kron, norm, lora = kron_args(**options), layer_norm_args(**options), lora_args(**options)
+    grad = draw(*kron["x"].shape, dtype=dtype, device=device)
+    lora_grad = draw(5, lora["weight"].shape[0], dtype=dtype, device=device)
+    _, mean, rstd = namespace.layer_norm_alore(*norm.values())
+    x, weight, bias, _, *factors = norm.values()
+    dropped, plain = (seed(7, device), 0.3), (None, 0.0)
+    del lora["bias"]
+    return {
+        "kron_linear_backward": (namespace.kron_linear_backward, [grad, *kron.values(), [True] * 4]),
+        "kron_linear_backward-x-only": (
+            namespace.kron_linear_backward,
+            [grad, *kron.values(), [True, False, False, False]],
+        ),
+        "alore_backward": (namespace.alore_backward, [grad, *kron.values(), *plain, [True] * 4]),
+        "alore_backward-dropout": (namespace.alore_backward, [grad, *kron.values(), *dropped, [True] * 4]),
+        "alore_backward-factors-only": (
+            namespace.alore_backward,
+            [grad, *kron.values(), *plain, [False, True, True, True]],
+        ),
+        "layer_norm_alore_backward": (
+            namespace.layer_norm_alore_backward,
+            [grad, x, weight, bias, mean, rstd, *factors, *plain, [True] * 6],
+        ),
+        "layer_norm_alore_backward-dropout": (
+            namespace.layer_norm_alore_backward,
+            [grad, x, weight, bias, mean, rstd, *factors, *dropped, [True] * 6],
+        ),
+        "layer_norm_alore_backward-no-affine": (
+            namespace.layer_norm_alore_backward,
+            [grad, x, None, None, mean, rstd, *factors, *plain, [True, False, False, True, True, True]],
+        ),
+        "masked_lora_linear_backward": (
+            namespace.masked_lora_linear_backward,
+            [lora_grad, *lora.values(), [True] * 6],
+        ),
+        "masked_lora_linear_backward-frozen-weight": (
+            namespace.masked_lora_linear_backward,
+            [lora_grad, *lora.values(), [True, False, False, True, True, True]],
+        ),
+    }
+
+
+def merge_calls(device="cpu", dtype=torch.float64, factor_dtype=None):
+    """The in-place merges; the weight is square, so that one adapter fits both sides."""
+    options = {"device": device, "dtype": dtype, "factor_dtype": factor_dtype}
+    _, *factors = kron_args(**options).values()
+    lora = lora_args((12, 12, 3), **options)
+    weight, bias = lora["weight"], lora["bias"]
+    low_rank = [lora["lora_a"], lora["lora_b"], lora["coeff"]]
+    return {
+        "merge_kron_-before": (namespace.merge_kron_, [weight, bias, *factors, "before"]),
+        "merge_kron_-after": (namespace.merge_kron_, [weight.clone(), bias.clone(), *factors, "after"]),
+        "merge_kron_-no-bias": (namespace.merge_kron_, [weight.clone(), None, *factors, "after"]),
+        "merge_lora_": (namespace.merge_lora_, [weight.clone(), *low_rank]),
+    }
+
+
+def requiring_grad(arguments):
+    return [
+        a.detach().requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a
+        for a in arguments
+    ]

@@ -1,0 +1,75 @@
+"""opcheck (schema, autograd registration, Meta kernels, AOT dispatch with static and dynamic shapes) and gradcheck."""
+
+import pytest
+import torch
+from op_calls import backward_calls, forward_calls, merge_calls, namespace, requiring_grad
+from torch.library import opcheck
+
+FORWARD, BACKWARD, MERGES = list(forward_calls()), list(backward_calls()), list(merge_calls())
+LOW = {"dtype": torch.bfloat16, "factor_dtype": torch.float32}
+
+
+def test_every_op_of_the_library_is_covered():
+    calls = forward_calls() | backward_calls() | merge_calls()
+    covered = {op.default for op, _ in calls.values()}
+    registered = {
+        getattr(namespace, name.removeprefix("alore_ext::")).default
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("alore_ext::")
+    }
+    assert covered == registered
+
+
+@pytest.mark.parametrize("call", FORWARD)
+def test_opcheck_forward(call, device):
+    op, arguments = forward_calls(device)[call]
+    opcheck(op.default, requiring_grad(arguments))
+
+
+@pytest.mark.parametrize("call", BACKWARD)
+def test_opcheck_backward(call, device):
+    op, arguments = backward_calls(device)[call]
+    opcheck(op.default, arguments)
+
+
+@pytest.mark.parametrize("call", MERGES)
+def test_opcheck_merge(call, device):
+    op, arguments = merge_calls(device)[call]
+    opcheck(op.default, arguments)
+
+
+@pytest.mark.parametrize("call", FORWARD + BACKWARD + MERGES)
+def test_meta_kernels_in_sixteen_bit(call, device):
+    """Shapes, strides and dtypes on Meta are the real ones where activations and factors differ in dtype too."""
+    op, arguments = {**forward_calls(device, **LOW), **backward_calls(device, **LOW), **merge_calls(device, **LOW)}[
+        call
+    ]
+    opcheck(op.default, arguments, test_utils=["test_schema", "test_faketensor"])
+
+
+def test_meta_kernel_of_the_norm_that_narrows(device):
+    op, arguments = forward_calls(device, torch.float32)["layer_norm_alore"]
+    assert arguments[-1] == torch.bfloat16
+    assert op(*arguments)[0].dtype == torch.bfloat16
+    opcheck(op.default, requiring_grad(arguments))
+
+
+@pytest.mark.parametrize("call", FORWARD)
+def test_gradcheck(call, device):
+    """Every gradient against finite differences; also undefined and batched incoming gradients, and determinism."""
+    op, arguments = forward_calls(device)[call]
+    first = (lambda out: out) if not call.startswith("layer_norm") else (lambda out: out[0])
+    assert torch.autograd.gradcheck(
+        lambda *a: first(op(*a)),
+        requiring_grad(arguments),
+        check_undefined_grad=True,
+        check_batched_grad=True,
+        nondet_tol=0.0,
+    )
+
+
+def test_merges_return_nothing_and_declare_what_they_write():
+    for op, written in ((namespace.merge_kron_, ["weight", "bias"]), (namespace.merge_lora_, ["weight"])):
+        schema = op.default._schema
+        assert list(schema.returns) == []
+        assert [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write] == written
