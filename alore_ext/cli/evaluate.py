@@ -34,14 +34,10 @@ def add_parser(commands) -> argparse.ArgumentParser:
     source.add_argument(
         "--out", metavar="DIR", help="a finished run: model, weights and data come from its config.json"
     )
-    source.add_argument(
-        "--adapter", metavar="FILE", help="an adapter; a config.json beside it fills in the rest"
-    )
+    source.add_argument("--adapter", metavar="FILE", help="an adapter; a config.json beside it fills in the rest")
     add_model_options(parser)
     add_data_options(parser)
-    parser.add_argument(
-        "--split", choices=("train", "val", "test"), help="default: test, or val if there is no test"
-    )
+    parser.add_argument("--split", choices=("train", "val", "test"), help="default: test, or val if there is no test")
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="default: 64")
     add_device_options(parser)
     return parser

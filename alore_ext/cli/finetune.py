@@ -11,7 +11,7 @@ import torch
 from alore_ext.training.data import Data, load_data
 from alore_ext.training.errors import Interrupted, require
 from alore_ext.training.files import CHECKPOINT_FILE, PLOT_FILE
-from alore_ext.training.recipe import METHODS
+from alore_ext.training.recipe import METHODS, default_recipe
 from alore_ext.training.report import TITLES, describe_merge, human_bytes, plot, table
 from alore_ext.training.session import Result, Settings, pick_device, use_deterministic
 from alore_ext.training.session import run as run_session
@@ -30,12 +30,10 @@ from .planning import plan_runs, saved_runs, start_folder
 _DEMO_FOLDER = "alore_demo"
 _EPILOG = """\
 With no arguments it is a demonstration: a small ViT that ships with the package learns scikit-learn's
-digits by four methods, side by side. The papers' recipes are the defaults:
-  alore   AdamW, lr 0.005, weight decay 0.01, batch 32, 100 epochs, warm-up 10, 4 experts of rank 4
-  mlae    AdamW, lr 0.0005, weight decay 0.0001, batch 64, 100 epochs, warm-up 10, 8 experts, p 0.5
-          (the paper trains 300 to 500 epochs)
-  linear  lr 0.005, weight decay 0.0001      full  lr 0.0001, weight decay 0.05
+digits by four methods, side by side. The papers' recipes are the defaults: AdamW, warm-up, cosine, and
+{recipes}
 The best learning rate depends on the task: ALoRE's authors pick from 0.05, 0.01, 0.005 and 0.001 on val.
+MLAE's authors train 300 to 500 epochs.
 
 examples:
   alore-ext finetune
@@ -59,17 +57,15 @@ def add_parser(commands) -> argparse.ArgumentParser:
         "finetune",
         help="train adapters (or a linear probe, or the whole model) on labelled images",
         description="Fine-tune a backbone and save a small adapter file.",
-        epilog=_EPILOG,
+        epilog=_EPILOG.format(recipes="\n".join(map(_recipe_line, METHODS))),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add_model_options(parser)
-    parser.add_argument(
+    add_model_options(parser).add_argument(
         "--random-init",
         action="store_true",
         help="accept a backbone without pretrained weights (for --method full, or to try things)",
     )
-    add_data_options(parser)
-    parser.add_argument(
+    add_data_options(parser).add_argument(
         "--train-split",
         choices=("train", "trainval"),
         help="trainval: also train on val, for a final run (VTAB-1k's protocol)",
@@ -79,7 +75,8 @@ def add_parser(commands) -> argparse.ArgumentParser:
         "--method",
         type=comma_list,
         metavar="M[,M...]",
-        help=f"{', '.join(METHODS)}; several are compared, each in its own subfolder of --out",
+        help=f"{', '.join(METHODS)}; several are compared, each in its own subfolder of --out "
+        "(default: alore; the demonstration: all)",
     )
     method.add_argument("--num-experts", type=int, metavar="N", help="experts (alore 4, mlae 8)")
     method.add_argument("--rank", type=int, metavar="R", help="rank of an expert (alore 4, mlae 1)")
@@ -89,41 +86,39 @@ def add_parser(commands) -> argparse.ArgumentParser:
         metavar="P",
         help="alore: on the branch (0); mlae: probability of masking an expert (0.5)",
     )
-    method.add_argument(
-        "--locations", type=comma_list, metavar="L,L", help="alore: before_attn,before_ffn,..."
-    )
+    method.add_argument("--locations", type=comma_list, metavar="L,L", help="alore: before_attn,before_ffn,...")
     method.add_argument("--targets", type=comma_list, metavar="T,T", help="mlae: qkv,proj,fc1,fc2")
-    recipe = parser.add_argument_group("recipe")
-    recipe.add_argument("--epochs", type=int, metavar="N")
-    recipe.add_argument("--batch-size", type=int, metavar="N")
+    recipe = parser.add_argument_group("recipe", "Defaults depend on the method, see below.")
+    recipe.add_argument("--epochs", type=int, metavar="N", help="passes over the training images")
+    recipe.add_argument("--batch-size", type=int, metavar="N", help="images a step")
     recipe.add_argument("--lr", type=float, metavar="X", help="peak learning rate")
     recipe.add_argument(
         "--weight-decay", type=float, metavar="X", help="not applied to biases, norms and other vectors"
     )
-    recipe.add_argument(
-        "--warmup-epochs", type=float, metavar="N", help="linear warm-up, then cosine to zero"
-    )
-    recipe.add_argument("--label-smoothing", type=float, metavar="X")
-    recipe.add_argument("--seed", type=int, metavar="N")
-    recipe.add_argument(
-        "--eval-every", type=int, metavar="N", help="epochs between evaluations (default: ten a run)"
-    )
+    recipe.add_argument("--warmup-epochs", type=float, metavar="N", help="linear warm-up, then cosine to zero")
+    recipe.add_argument("--label-smoothing", type=float, metavar="X", help="default: 0")
+    recipe.add_argument("--seed", type=int, metavar="N", help="of everything random (default: 0)")
+    recipe.add_argument("--eval-every", type=int, metavar="N", help="epochs between evaluations (default: ten a run)")
     add_device_options(parser)
     output = parser.add_argument_group("output")
-    output.add_argument(
-        "--out", metavar="DIR", help=f"where everything goes (the demonstration: {_DEMO_FOLDER})"
-    )
+    output.add_argument("--out", metavar="DIR", help=f"where everything goes (the demonstration: {_DEMO_FOLDER})")
     output.add_argument("--resume", action="store_true", help="go on with the interrupted run in --out")
     output.add_argument("--overwrite", action="store_true", help="replace the run in --out")
-    output.add_argument(
-        "--checkpoint-every", type=int, metavar="N", help="epochs between checkpoints (default: 1)"
-    )
+    output.add_argument("--checkpoint-every", type=int, metavar="N", help="epochs between checkpoints (default: 1)")
     output.add_argument(
         "--no-deterministic",
         action="store_true",
         help="let CUDA use faster kernels whose results vary in the last bits",
     )
     return parser
+
+
+def _recipe_line(method: str) -> str:
+    recipe = default_recipe(method)
+    return (
+        f"  {method:<7} lr {recipe.lr:g}, weight decay {recipe.weight_decay:g}, batch {recipe.batch_size}, "
+        f"{recipe.epochs} epochs, warm-up {recipe.warmup_epochs:g}"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -148,9 +143,7 @@ def run(arguments: argparse.Namespace) -> int:
                 results.append(_run_or_read(settings, folders[method], arguments, data, device, stop))
             except Interrupted as stopped:
                 where = "" if arguments.out is None else f" --out {out}"
-                raise Interrupted(
-                    f"{method}: {stopped}. To go on: alore-ext finetune --resume{where}"
-                ) from None
+                raise Interrupted(f"{method}: {stopped}. To go on: alore-ext finetune --resume{where}") from None
     _report(results, folders, out, time.perf_counter() - started)
     if arguments.out is None:
         print(_AFTER_THE_DEMO)

@@ -80,9 +80,7 @@ def _run_files(arguments: argparse.Namespace) -> tuple[Path | None, Path | None,
         is_adapter = config["method"] in ADAPTER_METHODS
         file = folder / (ADAPTER_FILE if is_adapter else MODEL_FILE)
         if not file.exists():
-            raise InputError(
-                f"the run in {folder} has not finished: alore-ext finetune --resume --out {folder}"
-            )
+            raise InputError(f"the run in {folder} has not finished: alore-ext finetune --resume --out {folder}")
         return (file, None, config) if is_adapter else (None, file, config)
     if arguments.adapter is None:
         return None, None, {}

@@ -25,7 +25,7 @@ def comma_list(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
+def add_model_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     group = parser.add_argument_group("backbone")
     group.add_argument("--model", metavar="NAME", help="any timm model, or the bundled tiny_vit")
     source = group.add_mutually_exclusive_group()
@@ -40,12 +40,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help=".safetensors or .pth state dict; position embeddings are resized to --img-size",
     )
-    group.add_argument(
-        "--img-size", type=int, metavar="N", help="side of the square input (default: the model's own)"
-    )
+    group.add_argument("--img-size", type=int, metavar="N", help="side of the square input (default: the model's own)")
+    return group
 
 
-def add_data_options(parser: argparse.ArgumentParser) -> None:
+def add_data_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     group = parser.add_argument_group("data")
     group.add_argument(
         "--data",
@@ -59,13 +58,12 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
         help="none: resize to the input (VTAB-1k); flip: and mirror; crop: random resized crop and "
         "mirror, central crop to test (FGVC) (default: none)",
     )
+    return group
 
 
 def add_device_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("execution")
-    group.add_argument(
-        "--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda, cuda:1 (default: auto)"
-    )
+    group.add_argument("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda, cuda:1 (default: auto)")
     group.add_argument(
         "--workers",
         type=int,

@@ -69,9 +69,7 @@ def saved_runs(arguments: argparse.Namespace, out: Path) -> dict[str, Settings]:
     folders = run_folders(out, read_config(out))
     runs = {method: Settings.from_dict(read_config(folder)) for method, folder in folders.items()}
     if arguments.method is not None and tuple(arguments.method) != tuple(runs):
-        raise InputError(
-            f"--resume: the run in {out} is of {','.join(runs)}, not {','.join(arguments.method)}"
-        )
+        raise InputError(f"--resume: the run in {out} is of {','.join(runs)}, not {','.join(arguments.method)}")
     for settings in runs.values():
         saved = settings.to_dict() | settings.recipe.to_dict()
         for name, value in _given(arguments).items():
@@ -89,9 +87,7 @@ def _methods(arguments: argparse.Namespace) -> tuple[str, ...]:
         methods = METHODS if arguments.data is None else ("alore",)
     unknown = [method for method in methods if method not in METHODS]
     if unknown or not methods or len(set(methods)) != len(methods):
-        raise InputError(
-            f"--method takes {', '.join(METHODS)} (commas between), got {','.join(methods) or 'nothing'}"
-        )
+        raise InputError(f"--method takes {', '.join(METHODS)} (commas between), got {','.join(methods) or 'nothing'}")
     return tuple(methods)
 
 
@@ -102,9 +98,7 @@ def _settings(arguments: argparse.Namespace, method: str) -> Settings:
     if model == BUNDLED and "weights" not in given and not arguments.random_init:
         given["pretrained"] = True
     if not (given.get("pretrained") or given.get("weights") or arguments.random_init):
-        raise InputError(
-            f"--model {model}: give --pretrained, --weights FILE, or --random-init if that is meant"
-        )
+        raise InputError(f"--model {model}: give --pretrained, --weights FILE, or --random-init if that is meant")
     recipe = (demo_recipe if (model, data) == (BUNDLED, "digits") else default_recipe)(method)
     recipe = recipe.override(**{field.name: given.pop(field.name, None) for field in fields(Recipe)})
     for name, minimum in (("eval_every", 1), ("checkpoint_every", 1), ("img_size", 1), ("seed", 0)):
@@ -128,18 +122,14 @@ def _without_other_methods_options(settings: Settings, arguments: argparse.Names
         if getattr(settings, name) is None or settings.method in methods:
             continue
         if not set(methods) & set(_methods(arguments)):
-            raise InputError(
-                f"--{name.replace('_', '-')} is for {' and '.join(methods)}, not {settings.method}"
-            )
+            raise InputError(f"--{name.replace('_', '-')} is for {' and '.join(methods)}, not {settings.method}")
         settings = replace(settings, **{name: None})
     return settings
 
 
 def _given(arguments: argparse.Namespace) -> dict:
     """The options that were given and decide the result; paths absolute, so that a resumed run finds them."""
-    names = [
-        field.name for field in (*fields(Settings), *fields(Recipe)) if field.name not in ("method", "recipe")
-    ]
+    names = [field.name for field in (*fields(Settings), *fields(Recipe)) if field.name not in ("method", "recipe")]
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     for name in ("weights", "data"):
         if name in given and given[name] != "digits":

@@ -31,9 +31,7 @@ def finetune(task):
     """finetune("alore", out, *options) -> exit code."""
 
     def call(method, out, *options):
-        return main(
-            ["finetune", *VIT, *QUICK, "--data", task, "--method", method, "--out", str(out), *options]
-        )
+        return main(["finetune", *VIT, *QUICK, "--data", task, "--method", method, "--out", str(out), *options])
 
     return call
 

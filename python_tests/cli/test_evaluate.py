@@ -39,16 +39,11 @@ def test_evaluate_errors(moved, finished, task, tmp_path, fails, finetune):
     (tmp_path / "unfinished").mkdir()
     config = (finished / "alore" / "config.json").read_text()
     (tmp_path / "unfinished" / "config.json").write_text(config)
-    assert "has not finished: alore-ext finetune --resume" in fails(
-        "evaluate", "--out", tmp_path / "unfinished"
-    )
+    assert "has not finished: alore-ext finetune --resume" in fails("evaluate", "--out", tmp_path / "unfinished")
     line = fails("evaluate", *known, "--data", "digits")
     assert "head.weight is [3, 64], expected [10, 64]" in line
 
 
 def test_evaluate_split_that_is_not_there(tmp_path, task, finetune, fails):
     assert finetune("linear", tmp_path / "a", "--epochs", "1", "--data", "digits") == 0
-    assert (
-        fails("evaluate", "--out", tmp_path / "a", "--split", "val")
-        == "--split: digits has train, test, not val"
-    )
+    assert fails("evaluate", "--out", tmp_path / "a", "--split", "val") == "--split: digits has train, test, not val"

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from tiny_runs import QUICK, VIT
 
@@ -55,9 +56,7 @@ def test_counts_of_trainable_parameters(finished):
     assert all(counts[m]["trainable_head"] == head for m in METHODS)
     assert counts["linear"]["trainable"] == head
     assert counts["full"]["trainable"] == counts["full"]["total"]
-    model = alore_ext.patch(
-        timm.create_model("test_vit", num_classes=3, img_size=32), alore_ext.AloreConfig()
-    )
+    model = alore_ext.patch(timm.create_model("test_vit", num_classes=3, img_size=32), alore_ext.AloreConfig())
     assert counts["alore"]["trainable"] == alore_ext.trainable_summary(model).trainable
 
 
@@ -139,10 +138,7 @@ def test_interrupted_and_resumed_is_the_same_run(finetune, tmp_path, monkeypatch
         assert finetune(method, parts, *options) == 130
     captured = capsys.readouterr()
     assert number.name in captured.out
-    assert (
-        f"stopped in epoch 2 after step 2. To go on: alore-ext finetune --resume --out {parts}"
-        in captured.err
-    )
+    assert f"stopped in epoch 2 after step 2. To go on: alore-ext finetune --resume --out {parts}" in captured.err
     assert len(calls) == 5 and not (parts / "result.json").exists()
 
     assert main(["finetune", "--resume", "--out", str(parts), "--device", device]) == 0
@@ -214,6 +210,20 @@ def test_same_seed_same_bits_other_seed_other_bits(finetune, tmp_path):
         files.append(load_file(tmp_path / name / "adapter.safetensors"))
     assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
     assert not torch.equal(files[0]["head.weight"], files[2]["head.weight"])
+
+
+def test_a_folder_of_images(tmp_path, capsys):
+    for name, colour in (("red", (200, 30, 30)), ("blue", (30, 30, 200))):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        for index in range(10):
+            Image.new("RGB", (40 + index, 50), colour).save(tmp_path / "pictures" / name / f"{index}.jpg")
+    options = ("--data", str(tmp_path / "pictures"), "--out", str(tmp_path / "run"), "--augment", "crop")
+    assert main(["finetune", *VIT, *QUICK, *options, "--lr", "0.01", "--workers", "1"]) == 0
+    assert "2 classes; 16 train, 4 test" in capsys.readouterr().out
+    assert read(tmp_path / "run" / "result.json")["accuracy"] == 1.0
+    assert read(tmp_path / "run" / "config.json")["class_names"] == ["blue", "red"]
+    assert main(["evaluate", "--out", str(tmp_path / "run")]) == 0
+    assert "test accuracy 100.00 %" in capsys.readouterr().out
 
 
 def test_val_joins_training_on_request(finetune, tmp_path):

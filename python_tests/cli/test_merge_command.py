@@ -18,10 +18,7 @@ from alore_ext.training.images import normalize
 @pytest.mark.parametrize("method", ["alore", "mlae"])
 def test_merged_file_loads_in_timm_and_agrees(finished, task, tmp_path, capsys, method):
     merged = tmp_path / "merged.safetensors"
-    assert (
-        main(["merge", "--adapter", str(finished / method / "adapter.safetensors"), "--output", str(merged)])
-        == 0
-    )
+    assert main(["merge", "--adapter", str(finished / method / "adapter.safetensors"), "--output", str(merged)]) == 0
     out = capsys.readouterr().out
     assert "3 classes" in out
     assert float(re.search(r"largest logit difference ([\d.e+-]+)", out)[1]) < 1e-4
@@ -39,12 +36,7 @@ def test_merged_file_loads_in_timm_and_agrees(finished, task, tmp_path, capsys, 
     assert accuracy == result_of(finished / method)["accuracy"]
 
     capsys.readouterr()
-    assert (
-        main(
-            ["evaluate", "--model", "test_vit", "--weights", str(merged), "--img-size", "32", "--data", task]
-        )
-        == 0
-    )
+    assert main(["evaluate", "--model", "test_vit", "--weights", str(merged), "--img-size", "32", "--data", task]) == 0
     assert accuracy_printed(capsys) == round(100 * accuracy, 2)
 
 
