@@ -1,11 +1,11 @@
 """CUDA and C++ kernels for re-parameterisable fine-tuning of vision backbones: ALoRE and MLAE.
 
-    import alore_ext as ae
+import alore_ext as ae
 
-    ae.patch(model, ae.AloreConfig(num_experts=4, rank=4))   # in place; only adapters and the head train
-    ...                                                      # your training loop, unchanged
-    ae.save_adapter(model, "pets.safetensors")
-    ae.merge_and_unload(model)                               # the plain backbone again, at its own speed
+ae.patch(model, ae.AloreConfig(num_experts=4, rank=4))   # in place; only adapters and the head train
+...                                                      # your training loop, unchanged
+ae.save_adapter(model, "pets.safetensors")
+ae.merge_and_unload(model)                               # the plain backbone again, at its own speed
 """
 
 from ._extension import build_info

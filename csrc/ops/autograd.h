@@ -4,6 +4,7 @@
 #include <ATen/core/grad_mode.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/basic_ops.h>
+#include <torch/csrc/autograd/functions/utils.h>
 
 #include "ops/dispatch.h"
 
@@ -35,24 +36,18 @@ class NeededGrads {
   size_t edge_ = 0;
 };
 
-// Marks first-order gradients so that differentiating them again raises instead of returning zeros: the
-// backward ops have no derivative of their own.
-template <typename Tuple>
-Tuple once_differentiable(const char* op, Tuple grads) {
-  std::apply(
-      [&](auto&... g) {
-        variable_list list{g...};
-        auto node = std::make_shared<torch::autograd::DelayedError>(
-            std::string("alore_ext::") + op + ": double backward is not supported",
-            static_cast<int64_t>(list.size()));
-        for (Tensor& t : list) {
-          if (t.defined()) t = t.detach().set_requires_grad(true);
-        }
-        list = (*node)(std::move(list));
-        size_t i = 0;
-        ((g = list[i++]), ...);
-      },
-      grads);
+// Marks first-order gradients so that differentiating them again raises: the backward ops have no derivative
+// of their own. The node stands between the gradients and all that they depend on, so no second-order path
+// can go around it.
+template <typename Tuple, typename... Inputs>
+Tuple once_differentiable(const char* op, Tuple grads, const Inputs&... inputs) {
+  auto node = std::make_shared<torch::autograd::Error>(
+      std::string("alore_ext::") + op + ": double backward is not supported",
+      torch::autograd::collect_next_edges(inputs...));
+  const auto mark = [&](const Tensor& grad) {
+    if (grad.defined()) torch::autograd::set_history(grad, node);
+  };
+  std::apply([&](const auto&... each) { (mark(each), ...); }, grads);
   return grads;
 }
 

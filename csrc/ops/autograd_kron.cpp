@@ -103,7 +103,7 @@ T4 kron_linear_backward_autograd(const Tensor& grad_out, const Tensor& x, const 
     const at::AutoDispatchBelowADInplaceOrView below;
     grads = kron_linear_backward_op().call(grad_out, x, scale, down, up, mask);
   }
-  return again ? once_differentiable("kron_linear", std::move(grads)) : grads;
+  return again ? once_differentiable("kron_linear", std::move(grads), grad_out, x, scale, down, up) : grads;
 }
 
 T4 alore_backward_autograd(const Tensor& grad_out, const Tensor& x, const Tensor& scale, const Tensor& down,
@@ -114,7 +114,7 @@ T4 alore_backward_autograd(const Tensor& grad_out, const Tensor& x, const Tensor
     const at::AutoDispatchBelowADInplaceOrView below;
     grads = alore_backward_op().call(grad_out, x, scale, down, up, seed, dropout_p, mask);
   }
-  return again ? once_differentiable("alore", std::move(grads)) : grads;
+  return again ? once_differentiable("alore", std::move(grads), grad_out, x, scale, down, up) : grads;
 }
 
 T6 layer_norm_alore_backward_autograd(const Tensor& grad_out, const Tensor& x, const OptTensor& weight,
@@ -128,7 +128,9 @@ T6 layer_norm_alore_backward_autograd(const Tensor& grad_out, const Tensor& x, c
     grads = layer_norm_alore_backward_op().call(grad_out, x, weight, bias, mean, rstd, scale, down, up, seed,
                                                 dropout_p, mask);
   }
-  return again ? once_differentiable("layer_norm_alore", std::move(grads)) : grads;
+  return again ? once_differentiable("layer_norm_alore", std::move(grads), grad_out, x, weight, bias, scale,
+                                     down, up)
+               : grads;
 }
 
 }  // namespace

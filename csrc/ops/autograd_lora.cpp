@@ -40,7 +40,9 @@ T6 masked_lora_linear_backward_autograd(const Tensor& grad_out, const Tensor& x,
     const at::AutoDispatchBelowADInplaceOrView below;
     grads = masked_lora_linear_backward_op().call(grad_out, x, weight, lora_a, lora_b, coeff, mask);
   }
-  return again ? once_differentiable("masked_lora_linear", std::move(grads)) : grads;
+  return again ? once_differentiable("masked_lora_linear", std::move(grads), grad_out, x, weight, lora_a,
+                                     lora_b, coeff)
+               : grads;
 }
 
 template <typename... Tensors>

@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one call: build, tests, compute-sanitizer, the C++ harness, whole training steps.
+#   bash benchmarks/device_check.sh [build] [tests] [sanitize] [harness] [steps]      (default: all of them)
+# Logs go to $OUT (default: build/device_check); a short summary is printed last.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+OUT=${OUT:-build/device_check}
+mkdir -p "$OUT"
+export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-9.0a} PYTHONUNBUFFERED=1
+[ $# -gt 0 ] || set -- build tests sanitize harness steps
+summary=()
+
+run() { # name, log, command...
+  local name=$1 log=$OUT/$2 start=$SECONDS
+  shift 2
+  "$@" > "$log" 2>&1
+  local rc=$?
+  summary+=("$(printf '%-28s rc %d  %4d s  %s' "$name" "$rc" "$((SECONDS - start))" "$(tail -n 1 "$log" | cut -c1-110)")")
+}
+
+for stage in "$@"; do
+  case $stage in
+    build) run "build (sm_90a)" build.log env MAX_JOBS="$(nproc)" python3 setup.py build_ext --inplace ;;
+    tests) run "pytest" pytest.log env OMP_NUM_THREADS=1 python3 -m pytest -q -n 8 --dist worksteal -p no:cacheprovider python_tests ;;
+    sanitize)
+      for tool in memcheck racecheck; do
+        run "compute-sanitizer $tool" "$tool.log" env PYTHONPATH=. PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+          compute-sanitizer --tool $tool --error-exitcode 3 python3 benchmarks/exercise_ops.py
+      done ;;
+    harness)
+      cmake -S . -B build/harness -DCMAKE_CUDA_ARCHITECTURES=90a -DALORE_CUDA_WHEEL="$(python3 -c 'import nvidia.cu13 as m; print(list(m.__path__)[0])' 2> /dev/null)" > "$OUT/cmake.log" 2>&1 &&
+        cmake --build build/harness -j "$(nproc)" >> "$OUT/cmake.log" 2>&1
+      for op in layer_norm_alore kron_linear; do
+        run "harness $op" "harness_$op.log" build/harness/alore_bench --op $op --tokens 50432 --dim 768 --experts 4 --rank 4 --dtype bf16
+      done ;;
+    steps) run "train_step" steps.log env PYTHONPATH=. python3 benchmarks/train_step.py --out "$OUT" ;;
+    *) echo "no stage $stage" >&2; exit 2 ;;
+  esac
+done
+printf '%s\n' "${summary[@]}"

@@ -1,0 +1,83 @@
+"""Runs every operator forward and backward over odd shapes and every dtype pair, for compute-sanitizer.
+
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python3 benchmarks/exercise_ops.py
+
+Without the caching allocator each tensor is an allocation of its own, so a read one element past it is seen. The
+results are compared with the reference in float64, loosely: exactness is the test suite's matter.
+"""
+
+import itertools
+import sys
+
+import torch
+
+from alore_ext import ops, reference
+
+DTYPES = [
+    (torch.float64, torch.float64, 1e-10),
+    (torch.float32, torch.float32, 1e-3),
+    (torch.bfloat16, torch.float32, 1e-1),
+    (torch.float16, torch.float16, 5e-2),
+]
+# num_experts, block width, rank: odd, large and degenerate
+FACTORS = [(1, 24, 4), (4, 24, 4), (3, 7, 5), (32, 3, 1), (2, 9, 64)]
+TOKENS = (0, 1, 19, 197)
+
+
+def leaf(generator, dtype, *shape, spread=1.0):
+    value = torch.randn(*shape, dtype=torch.float64, device=generator.device, generator=generator) * spread
+    return value.to(dtype).requires_grad_()
+
+
+def cases(generator, tokens, n, p, r, dtype, factor):
+    d, out, ranks = n * p, 11, 2 * r
+    x = leaf(generator, dtype, tokens, d)
+    kron = (
+        leaf(generator, factor, n, n, n, spread=n**-0.5),
+        leaf(generator, factor, n, p, r, spread=p**-0.5),
+        leaf(generator, factor, n, r, p, spread=(n * r) ** -0.5),
+    )
+    affine = leaf(generator, factor, d), leaf(generator, factor, d)
+    coeff = leaf(generator, factor, ranks)
+    with torch.no_grad():
+        coeff[0] = 0
+    lora = (
+        leaf(generator, dtype, out, d, spread=d**-0.5),
+        leaf(generator, dtype, out),
+        leaf(generator, factor, ranks, d, spread=d**-0.5),
+        leaf(generator, factor, out, ranks),
+        coeff,
+    )
+    yield "kron_linear", (x, *kron), {}
+    yield "alore", (x, *kron), {}
+    yield "alore", (x, *kron), {"dropout_p": 0.3}
+    yield "layer_norm_alore", (x, *affine, 1e-6, *kron), {}
+    yield "layer_norm_alore", (x, *affine, 1e-6, *kron), {"dropout_p": 0.3}
+    yield "masked_lora_linear", (x, *lora), {}
+
+
+def main() -> int:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    generator = torch.Generator(device).manual_seed(0)
+    calls = wrong = 0
+    for (dtype, factor, tolerance), tokens, shape in itertools.product(DTYPES, TOKENS, FACTORS):
+        for name, args, options in cases(generator, tokens, *shape, dtype, factor):
+            y = getattr(ops, name)(*args, **options)
+            y.square().sum().backward()
+            calls += 1
+            if options:  # a dropout mask of its own; the test suite recovers it
+                continue
+            wide = [a.detach().double() if torch.is_tensor(a) else a for a in args]
+            expected = getattr(reference, name)(*wide)
+            error = (y.double() - expected).norm() / expected.norm().clamp_min(1e-30)
+            if tokens and not error <= tolerance:
+                wrong += 1
+                print(f"{name} {tokens} tokens {shape} {dtype}: error {error.item():.2e}", file=sys.stderr)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    print(f"{calls} calls on {device}, {wrong} wrong")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
