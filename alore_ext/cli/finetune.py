@@ -13,7 +13,7 @@ from alore_ext.training.errors import Interrupted, require
 from alore_ext.training.files import CHECKPOINT_FILE, PLOT_FILE
 from alore_ext.training.recipe import METHODS, default_recipe
 from alore_ext.training.report import TITLES, describe_merge, human_bytes, plot, table
-from alore_ext.training.session import Result, Settings, pick_device, use_deterministic
+from alore_ext.training.session import Result, Settings, deterministic, pick_device
 from alore_ext.training.session import run as run_session
 from alore_ext.training.state import StopSignals
 
@@ -124,7 +124,6 @@ def _recipe_line(method: str) -> str:
 def run(arguments: argparse.Namespace) -> int:
     for package in ("timm", "tqdm", "matplotlib"):
         require(package)  # now, not when the plot is due
-    use_deterministic(not arguments.no_deterministic)
     device = pick_device(arguments.device)
     out = Path(arguments.out or _DEMO_FOLDER)
     runs = saved_runs(arguments, out) if arguments.resume else plan_runs(arguments)
@@ -137,7 +136,7 @@ def run(arguments: argparse.Namespace) -> int:
     folders = run_folders(out, read_config(out))
     started = time.perf_counter()
     results = []
-    with StopSignals() as stop:
+    with deterministic(not arguments.no_deterministic), StopSignals() as stop:
         for method, settings in runs.items():
             try:
                 results.append(_run_or_read(settings, folders[method], arguments, data, device, stop))

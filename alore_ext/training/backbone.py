@@ -106,9 +106,7 @@ def check_input(model: nn.Module, spec: InputSpec, num_classes: int) -> None:
     finally:
         model.train(was_training)
     if not isinstance(logits, Tensor) or logits.shape != (1, num_classes):
-        raise InputError(
-            f"--model: {type(model).__name__} does not end in a classifier of {num_classes} classes"
-        )
+        raise InputError(f"--model: {type(model).__name__} does not end in a classifier of {num_classes} classes")
 
 
 def load_weights(model: nn.Module, file: str, with_classifier: bool = False) -> None:
@@ -167,9 +165,7 @@ def _classifier_prefixes(model: nn.Module) -> tuple[str, ...]:
     """Names of the classifier (distilled DeiT has two), each with a dot at its end."""
     heads = model.get_classifier()
     heads = heads if isinstance(heads, (tuple, list)) else (heads,)
-    return tuple(
-        f"{name}." for name, module in model.named_modules() if any(module is head for head in heads)
-    )
+    return tuple(f"{name}." for name, module in model.named_modules() if any(module is head for head in heads))
 
 
 def _first_line(error: BaseException) -> str:

@@ -142,8 +142,7 @@ def _load_npz(path: Path) -> Data:
                         )
     if "train" not in found or len(found) < 2:
         raise InputError(
-            f"--data: {path} needs x_train, y_train and x_test, y_test (or x_val, y_val); "
-            f"it holds {_listing(arrays)}"
+            f"--data: {path} needs x_train, y_train and x_test, y_test (or x_val, y_val); it holds {_listing(arrays)}"
         )
     classes = numpy.unique(found["train"][1])
     splits: dict[str, Split] = {}
@@ -164,9 +163,7 @@ def _images(array: numpy.ndarray, path: Path, key: str) -> Tensor:
     elif array.ndim == 4 and array.shape[3] in (1, 3):
         array = array.transpose(0, 3, 1, 2)
     elif array.ndim != 4 or array.shape[1] not in (1, 3):
-        raise InputError(
-            f"--data: {path}: {key} must be [count, height, width, 1 or 3], got {list(array.shape)}"
-        )
+        raise InputError(f"--data: {path}: {key} must be [count, height, width, 1 or 3], got {list(array.shape)}")
     return torch.from_numpy(numpy.ascontiguousarray(array))
 
 
@@ -174,18 +171,13 @@ def _labels(array: numpy.ndarray, path: Path, key: str) -> numpy.ndarray:
     if array.ndim == 2 and array.shape[1] == 1:  # MedMNIST
         array = array[:, 0]
     if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise InputError(
-            f"--data: {path}: {key} must be integers [count], got {array.dtype} {list(array.shape)}"
-        )
+        raise InputError(f"--data: {path}: {key} must be integers [count], got {array.dtype} {list(array.shape)}")
     return array
 
 
 def _load_folder(root: Path, seed: int) -> Data:
     split_dirs = {
-        split: root / name
-        for split, names in _SPLIT_NAMES.items()
-        for name in names
-        if (root / name).is_dir()
+        split: root / name for split, names in _SPLIT_NAMES.items() for name in names if (root / name).is_dir()
     }
     if "train" in split_dirs:
         return _load_split_folders(root, split_dirs)
@@ -202,9 +194,7 @@ def _load_folder(root: Path, seed: int) -> Data:
             split = "test" if index in in_test else "train"
             files[split].append(file)
             labels[split].append(label)
-    splits: dict[str, Split] = {
-        split: FileSplit(tuple(files[split]), torch.tensor(labels[split])) for split in files
-    }
+    splits: dict[str, Split] = {split: FileSplit(tuple(files[split]), torch.tensor(labels[split])) for split in files}
     return _checked(Data(root.name, tuple(by_class), splits))
 
 
@@ -228,18 +218,14 @@ def _load_split_folders(root: Path, split_dirs: dict[str, Path]) -> Data:
 
 
 def _class_names(folder: Path) -> list[str]:
-    names = sorted(
-        entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")
-    )
+    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if not names:
         raise InputError(f"--data: {folder} has no class folders (expected {folder}/CLASS/IMAGE)")
     return names
 
 
 def _image_files(folder: Path) -> list[str]:
-    return sorted(
-        str(file) for file in folder.rglob("*") if file.suffix.lower() in _EXTENSIONS and file.is_file()
-    )
+    return sorted(str(file) for file in folder.rglob("*") if file.suffix.lower() in _EXTENSIONS and file.is_file())
 
 
 def _checked(data: Data) -> Data:

@@ -73,9 +73,7 @@ class Loader:
                 draws = draw_augmentation(len(index), batch_generator(self.seed, epoch, step))
             plan.append((index, draws))
         for (index, _), pixels in zip(plan, self._pixels(plan), strict=True):
-            images = normalize(
-                pixels.to(self.device, non_blocking=True).float(), self.spec.mean, self.spec.std
-            )
+            images = normalize(pixels.to(self.device, non_blocking=True).float(), self.spec.mean, self.spec.std)
             yield images, self.labels[index.to(self.labels.device)].to(self.device, non_blocking=True)
 
     def _pixels(self, plan: list[tuple[Tensor, Tensor | None]]) -> Iterator[Tensor]:
@@ -115,8 +113,7 @@ class _FileLoader(Loader):
 
     def _pixels(self, plan):
         keys = [
-            [(int(i), None if draws is None else draws[row]) for row, i in enumerate(index)]
-            for index, draws in plan
+            [(int(i), None if draws is None else draws[row]) for row, i in enumerate(index)] for index, draws in plan
         ]
         yield from _run(self.dataset, keys, self.workers, pin_memory=self.device.type == "cuda")
 

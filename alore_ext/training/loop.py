@@ -195,9 +195,7 @@ class Trainer:
         """One optimizer step; returns the batch's summed loss and number correct, on the device."""
         with self.precision.autocast():
             logits = self.model(images)
-        loss = nn.functional.cross_entropy(
-            logits.float(), target, label_smoothing=self.recipe.label_smoothing
-        )
+        loss = nn.functional.cross_entropy(logits.float(), target, label_smoothing=self.recipe.label_smoothing)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)

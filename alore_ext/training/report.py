@@ -59,9 +59,7 @@ def describe_merge(check: MergeCheck) -> str:
     if check.accuracy_merged == check.accuracy_unmerged:
         accuracy = f"accuracy equal ({100 * check.accuracy_merged:.2f} %)"
     else:
-        accuracy = (
-            f"accuracy {100 * check.accuracy_merged:.2f} % against {100 * check.accuracy_unmerged:.2f} %"
-        )
+        accuracy = f"accuracy {100 * check.accuracy_merged:.2f} % against {100 * check.accuracy_unmerged:.2f} %"
     return (
         f"largest logit difference {check.max_logit_difference:.1e} (largest logit {check.max_logit:.1f}), "
         f"{accuracy}, {check.changed_predictions} predictions changed"

@@ -32,11 +32,12 @@ __all__ = [
     "compare_merged",
     "pick_device",
     "run",
-    "use_deterministic",
+    "deterministic",
     "usage_errors",
 ]
 
 ADAPTER_METHODS = ("alore", "mlae")
+_CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 
 
 @dataclass(frozen=True)
@@ -105,9 +106,12 @@ class Result:
         file = folder / RESULT_FILE
         if not file.exists():
             return None
-        values = json.loads(file.read_text(encoding="utf-8"))
-        values["merge"] = values["merge"] and MergeCheck(**values["merge"])
-        return cls(**values)
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+            values["merge"] = values["merge"] and MergeCheck(**values["merge"])
+            return cls(**values)
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{file} is damaged: {error!r}; without it --resume makes it anew") from error
 
 
 def run(
@@ -185,9 +189,7 @@ def run(
         file_bytes=file.stat().st_size,
         merge=merge,
     )
-    trainer.log.write(
-        "end", **{f"{result.split}_accuracy": result.accuracy}, seconds=round(result.seconds, 3)
-    )
+    trainer.log.write("end", **{f"{result.split}_accuracy": result.accuracy}, seconds=round(result.seconds, 3))
     write_json(folder / RESULT_FILE, asdict(result))
     return result
 
@@ -218,9 +220,7 @@ def adapter_config(settings: Settings) -> alore_ext.AloreConfig | alore_ext.Mlae
         return kind(**{name: value for name, value in options.items() if value is not None})
 
 
-def compare_merged(
-    model: nn.Module, loader, device: torch.device, unmerged: Evaluation | None = None
-) -> MergeCheck:
+def compare_merged(model: nn.Module, loader, device: torch.device, unmerged: Evaluation | None = None) -> MergeCheck:
     """Merge, evaluate, unmerge; fp32 both times. ``unmerged`` spares an evaluation if it was made in fp32."""
     precision = Precision("off", device)
     unmerged = unmerged or evaluate(model, loader, precision)
@@ -258,12 +258,25 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def use_deterministic(on: bool) -> None:
-    """Same run, same bits, on CUDA too (CPU is so by itself). Must be called before CUDA is first used."""
+@contextmanager
+def deterministic(on: bool) -> Iterator[None]:
+    """Same run, same bits, on CUDA too where torch has a way (CPU is so by itself); it warns where it has none.
+
+    Enter it before CUDA is first used: cuBLAS reads its setting then.
+    """
+    algorithms = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill, workspace = torch.utils.deterministic.fill_uninitialized_memory, os.environ.get(_CUBLAS)
     if on:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(on, warn_only=True)
-    torch.backends.cudnn.benchmark = False
+        os.environ.setdefault(_CUBLAS, ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid: a fill for every empty
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(algorithms[0], warn_only=algorithms[1])
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+        if workspace is None:
+            os.environ.pop(_CUBLAS, None)
 
 
 @contextmanager

@@ -147,25 +147,17 @@ def load_checkpoint(
         saved, states, streams = checkpoint["model"], checkpoint["parts"], checkpoint["random"]
         progress, offset = Progress(**checkpoint["progress"]), checkpoint["log_offset"]
         if checkpoint["format"] != _FORMAT:
-            raise InputError(
-                f"--resume: {path} has format {checkpoint['format']}, this version reads {_FORMAT}"
-            )
+            raise InputError(f"--resume: {path} has format {checkpoint['format']}, this version reads {_FORMAT}")
     except InputError:
         raise
     except Exception as error:
-        raise InputError(
-            f"--resume: {path} is not a readable checkpoint: {error!r}".splitlines()[0]
-        ) from error
+        raise InputError(f"--resume: {path} is not a readable checkpoint: {error!r}".splitlines()[0]) from error
     current = _changing(model)
-    if {n: v.shape for n, v in saved.items()} != {n: v.shape for n, v in current.items()} or set(
-        states
-    ) != set(parts):
+    if {n: v.shape for n, v in saved.items()} != {n: v.shape for n, v in current.items()} or set(states) != set(parts):
         raise InputError(f"--resume: {path} is of another model or method")
     for name, value in identity.items():
         if checkpoint["identity"].get(name) != value:
-            raise InputError(
-                f"--resume: {name} was {checkpoint['identity'].get(name)} before, is {value} now"
-            )
+            raise InputError(f"--resume: {name} was {checkpoint['identity'].get(name)} before, is {value} now")
     if not math.isclose(checkpoint["frozen"], _frozen_checksum(model), rel_tol=1e-9):
         raise InputError("--resume: the frozen weights are not those that the run began with")
     with torch.no_grad():
@@ -184,18 +176,12 @@ def load_checkpoint(
 
 def _changing(model: nn.Module) -> dict[str, torch.Tensor]:
     """The tensors that training changes: what requires a gradient, and buffers (batch norm's statistics)."""
-    tensors = {
-        name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad
-    }
+    tensors = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
     return tensors | dict(model.named_buffers())
 
 
 def _frozen_checksum(model: nn.Module) -> float:
-    sums = [
-        parameter.detach().double().abs().sum()
-        for parameter in model.parameters()
-        if not parameter.requires_grad
-    ]
+    sums = [parameter.detach().double().abs().sum() for parameter in model.parameters() if not parameter.requires_grad]
     return torch.stack(sums).sum().item() if sums else 0.0
 
 

@@ -65,8 +65,7 @@ def test_layer_scale_of_the_original_deit3_files(tmp_path):
     torch.manual_seed(0)
     state = timm.create_model(name, num_classes=0).state_dict()
     original = {
-        key.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2"): value + 1
-        for key, value in state.items()
+        key.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2"): value + 1 for key, value in state.items()
     }
     model = build_backbone(name, 3, weights=file_of(tmp_path, original))
     assert torch.equal(model.blocks[0].ls1.gamma, state["blocks.0.ls1.gamma"] + 1)

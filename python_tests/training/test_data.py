@@ -58,9 +58,7 @@ def test_npz_image_layouts(tmp_path, shape, expected):
 
 def test_npz_labels_are_renumbered(tmp_path):
     data = load_data(
-        write_npz(
-            tmp_path / "a.npz", y_train=numpy.array([7, 3, 9, 7, 3, 9]), y_test=numpy.array([[9], [3], [7]])
-        )
+        write_npz(tmp_path / "a.npz", y_train=numpy.array([7, 3, 9, 7, 3, 9]), y_test=numpy.array([[9], [3], [7]]))
     )
     assert data.class_names == ("3", "7", "9")
     assert data.splits["train"].labels.tolist() == [1, 0, 2, 1, 0, 2]
@@ -158,9 +156,7 @@ def test_missing_and_odd_sources(tmp_path):
 
 
 def test_val_joins_train(tmp_path):
-    path = write_npz(
-        tmp_path / "a.npz", x_val=numpy.ones((2, 8, 8, 3), numpy.uint8), y_val=numpy.array([1, 0])
-    )
+    path = write_npz(tmp_path / "a.npz", x_val=numpy.ones((2, 8, 8, 3), numpy.uint8), y_val=numpy.array([1, 0]))
     joined = load_data(path).with_val_in_train()
     assert set(joined.splits) == {"train", "test"}
     train = joined.splits["train"]

@@ -51,8 +51,7 @@ def test_table_has_a_row_a_method():
 
 def test_merge_line_says_whether_accuracy_is_equal():
     assert describe_merge(CHECK) == (
-        "largest logit difference 2.4e-06 (largest logit 12.5), "
-        "accuracy equal (95.73 %), 0 predictions changed"
+        "largest logit difference 2.4e-06 (largest logit 12.5), accuracy equal (95.73 %), 0 predictions changed"
     )
     unequal = MergeCheck(0.1, 12.5, 0.9573, 0.95, 3)
     assert "accuracy 95.00 % against 95.73 %, 3 predictions changed" in describe_merge(unequal)

@@ -64,9 +64,7 @@ def test_write_atomic_keeps_the_old_file_when_writing_fails(tmp_path):
 def test_written_files_have_the_usual_permissions(tmp_path):
     write_json(tmp_path / "a.json", {"a": 1})
     (tmp_path / "plain").write_text("")
-    assert stat.S_IMODE(os.stat(tmp_path / "a.json").st_mode) == stat.S_IMODE(
-        os.stat(tmp_path / "plain").st_mode
-    )
+    assert stat.S_IMODE(os.stat(tmp_path / "a.json").st_mode) == stat.S_IMODE(os.stat(tmp_path / "plain").st_mode)
     assert json.loads((tmp_path / "a.json").read_text()) == {"a": 1}
 
 
@@ -100,9 +98,7 @@ def test_checkpoint_brings_everything_back(tmp_path):
     assert got_progress == progress and offset == log.offset
     assert draws() == expected_draws
     train(other, other_parts)
-    for (name, expected), (_, got) in zip(
-        model.state_dict().items(), other.state_dict().items(), strict=True
-    ):
+    for (name, expected), (_, got) in zip(model.state_dict().items(), other.state_dict().items(), strict=True):
         assert torch.equal(expected, got), name
 
 
