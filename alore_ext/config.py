@@ -179,8 +179,7 @@ class AloreConfig(_Config):
 
 @dataclass(frozen=True)
 class MlaeConfig(_Config):
-    """MLAE: `h = x W0 + sum_i m_i lambda_i (x a_i) b_i` on a block's linears, masks over experts drawn at
-    each step.
+    """MLAE: `h = x W0 + sum_i m_i lambda_i (x a_i) b_i` on a block's linears, with a fresh mask m a step.
 
     Args:
         num_experts: experts of a layer (with a fixed pattern: their mean over the blocks).

@@ -13,7 +13,7 @@ from torch import nn
 
 from .patching.apply import restore_requires_grad
 from .patching.attaching import OnError, attach_all, check_attached, detach_all, undo_on_error
-from .patching.merged import allow_training, refuse_training, restore_base_
+from .patching.merged import allow_training, refuse_training, restore_base_, restore_training
 from .patching.records import SHARED_SCALE
 from .patching.state import MergedState, PatchState, clear_state, require_state
 
@@ -53,8 +53,9 @@ def merge_(model: nn.Module, keep_base: str | None = "device") -> nn.Module:
         copies = _merge_weights_(model, state, parameters, keep_base, on_error)
         adapters = detach_all(model, state)
         on_error(lambda: attach_all(model, state.records, adapters))
-        state.merged = MergedState(adapters, None if keep_base is None else copies, training)
+        on_error(lambda: restore_training(model, training))
         model.eval()
+        state.merged = MergedState(adapters, None if keep_base is None else copies, training)
         refuse_training(model)
     return model
 
@@ -129,8 +130,7 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     if state.merged is None:
         merge_(model, keep_base=None)
     allow_training(model)
-    for name, module in model.named_modules():
-        module.training = state.merged.training.get(name, module.training)
+    restore_training(model, state.merged.training)
     clear_state(model)
     restore_requires_grad(model, state)
     return model

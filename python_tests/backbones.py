@@ -90,10 +90,13 @@ def images(device="cpu", dtype=torch.float32, batch: int = 2) -> torch.Tensor:
 
 @torch.no_grad()
 def train_adapters_(model: nn.Module, std: float = 0.2) -> nn.Module:
-    """Stand in for training: the factors that start at zero get values."""
+    """Stand in for training: the factors that start at zero get values, and the coefficients differ."""
     for name, parameter in model.named_parameters():
-        if name.rpartition(".")[2] in ("up", "lora_b"):
+        kind = name.rpartition(".")[2]
+        if kind in ("up", "lora_b"):
             parameter.normal_(0.0, std)
+        elif kind == "coeff":
+            parameter.mul_(torch.rand_like(parameter) + 0.5)
     return model
 
 

@@ -179,7 +179,9 @@ def test_random_patterns_come_back_as_drawn(tmp_path):
     for seed in range(4):
         fresh = base()
         torch.manual_seed(seed)
+        generator = torch.get_rng_state()
         ae.load_adapter(fresh, path)
+        assert torch.equal(torch.get_rng_state(), generator)
         assert [block.attn.qkv.coeff.numel() for block in fresh.blocks] == counts
         x = images()
         with torch.no_grad():

@@ -199,9 +199,7 @@ def test_adapters_that_are_not_finite(call, keep_base, config, name, value, devi
 @methods
 @pytest.mark.parametrize("keep_base", ["device", "cpu", None])
 def test_a_merge_that_overflows_is_undone(config, keep_base, device):
-    """Finite factors, finite float16 weights, and a product that is not: found in the last block, undone in
-    all.
-    """
+    """Finite factors, finite float16 weights, and a product that is not: found in the last block."""
     model = patched("vit", config, device, torch.float16).train()
     last = model.blocks[2]
     with torch.no_grad():
@@ -229,6 +227,19 @@ def test_a_merge_that_fails_midway_is_undone(failing_call, monkeypatch, device):
 
     monkeypatch.setattr(ae.ops, "merge_kron_", flaky)
     with pytest.raises(MemoryError):
+        ae.merge_(model)
+    assert_unchanged(model, before)
+
+
+def test_a_merge_that_fails_at_its_end_is_undone(monkeypatch):
+    model = patched("vit", METHODS["both"]).train()
+    before = snapshot(model)
+
+    def broken(self, mode=True):
+        raise RuntimeError("this block has its own idea of eval")
+
+    monkeypatch.setattr(type(model.blocks[1]), "train", broken)
+    with pytest.raises(RuntimeError, match="its own idea"):
         ae.merge_(model)
     assert_unchanged(model, before)
 

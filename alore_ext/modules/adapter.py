@@ -56,8 +56,7 @@ def attach(
     parameters: Mapping[str, nn.Parameter],
     attributes: Mapping[str, Any],
 ) -> None:
-    """Make `module` an `adapter` of its own class, with these parameters registered and these plain
-    attributes.
+    """Make `module` an `adapter` of its own class, with these parameters and plain attributes.
 
     Attributes go around `nn.Module.__setattr__`: a reference to another module must not become a submodule.
     """

@@ -35,9 +35,7 @@ class _AloreAdapter(Adapter):
 
 
 class AloreLayerNorm(_AloreAdapter):
-    """`alore(layer_norm(x))` in one operator, for `nn.LayerNorm` and timm's `LayerNorm` over the last
-    dimension.
-    """
+    """`alore(layer_norm(x))` in one operator, for `nn.LayerNorm` and timm's over the last dimension."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., embed_dim] -> [..., embed_dim]."""

@@ -28,9 +28,7 @@ def check_unpatched(model: nn.Module) -> None:
 
 @torch.inference_mode(False)  # an adapter made under inference mode could never be trained
 def empty_parameters(model: nn.Module, plan: PatchPlan) -> dict[str, nn.Parameter]:
-    """All adapter parameters by full name, uninitialised, on the device of the weight they will be merged
-    into.
-    """
+    """All adapter parameters by full name, uninitialised, on the device of a weight that they fold into."""
     shapes: dict[str, tuple[nn.Parameter, tuple[int, ...]]] = {}
     for record in plan.records:
         weight = model.get_submodule(record.linears[0]).weight
@@ -124,8 +122,7 @@ def patch_family(
 
 
 def unpatch(model: nn.Module) -> nn.Module:
-    """Take all adapters off: the backbone's classes, weights, keys and `requires_grad` flags are what they
-    were.
+    """Take all adapters off: the backbone's classes, weights, keys and `requires_grad` flags are as before.
 
     The classifier head stays as trained. A merged model is unmerged first.
 

@@ -59,9 +59,7 @@ class BlockFlow:
         return nodes[0]
 
     def producer(self, value: fx.Node) -> str | None:
-        """The module whose output `value` is; None where it is an input of the block or the result of a
-        function.
-        """
+        """The module whose output `value` is; None for an input of the block or the result of a function."""
         return _relative(value.target) if value.op == "call_module" else None
 
     def called(self, module: str) -> bool:
@@ -90,9 +88,7 @@ class BlockFlow:
         return len(self._calls(linear)) + sum(len(node.users) for node in reads)
 
     def joint_bias_parts(self, consumer: Consumer) -> list[str] | None:
-        """The attributes that a functional consumer concatenates into its bias; None where it does anything
-        else.
-        """
+        """The attributes that a functional consumer concatenates into its bias; None for any other bias."""
         bias = _argument(consumer.node, 2, "bias")
         if not (isinstance(bias, fx.Node) and getattr(bias.target, "__name__", "") in ("cat", "concat")):
             return None

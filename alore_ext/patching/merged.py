@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -20,6 +21,12 @@ def refuse_training(model: nn.Module) -> None:
 def allow_training(model: nn.Module) -> None:
     """Undo `refuse_training`."""
     model.__dict__.pop("train", None)
+
+
+def restore_training(model: nn.Module, flags: Mapping[str, bool]) -> None:
+    """Give every module the training flag that it has in `flags`, by name."""
+    for name, module in model.named_modules():
+        module.training = flags.get(name, module.training)
 
 
 def _train_while_merged(model: nn.Module, mode: bool = True) -> nn.Module:
@@ -53,8 +60,7 @@ def restore_base_(model: nn.Module, state: PatchState, caller: str) -> None:
         for name, weight in merged.weights.items():
             parameters[name].copy_(weight)
     allow_training(model)
-    for name, module in model.named_modules():
-        module.training = merged.training.get(name, module.training)
+    restore_training(model, merged.training)
     state.merged = None
 
 

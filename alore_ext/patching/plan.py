@@ -185,9 +185,7 @@ def _is_plain_layer_norm(layer: nn.Module) -> bool:
 
 
 def _check_collisions(records: Sequence[AdapterRecord]) -> None:
-    """Each linear takes at most one merge: two adapters on one would make each other's merge depend on an
-    order.
-    """
+    """Each linear takes one merge at most: the second would multiply what the first had added."""
     taken: dict[str, AdapterRecord] = {}
     for record in records:
         for name in record.linears:
@@ -215,9 +213,7 @@ def _check_shared_scale(configs: Sequence[Config]) -> None:
 
 
 def _check_layers(model: nn.Module, records: Sequence[AdapterRecord]) -> None:
-    """Adapted layers and merged linears must compute what their class says, from weights that are theirs
-    alone.
-    """
+    """Adapted layers must compute what their class says, from weights that are theirs alone."""
     module_uses = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     weight_uses = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
     for record in records:

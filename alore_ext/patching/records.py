@@ -53,9 +53,7 @@ class AdapterRecord:
         raise NotImplementedError
 
     def detach(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        """Take the adapter, or what a failed `attach` has left of it, off; returns parameters by their own
-        names.
-        """
+        """Take off the adapter, or what a failed `attach` left; returns its parameters by their own names."""
         layer = model.get_submodule(self.module)
         return detach(layer) if isinstance(layer, Adapter) else {}
 
@@ -102,9 +100,7 @@ class AloreRecord(AdapterRecord):
         return {"down": (n, p, r), "up": (n, r, p), **own_scale}
 
     def init_(self, parameters: Mapping[str, Tensor]) -> None:
-        """D xavier-uniform for each expert, U zero (the adapter starts as the identity), S normal of variance
-        1/n.
-        """
+        """D xavier-uniform for each expert, U zero (the start is the identity), S normal of variance 1/n."""
         _, p, r = parameters["down"].shape
         bound = math.sqrt(6.0 / (p + r))
         nn.init.uniform_(parameters["down"], -bound, bound)

@@ -31,8 +31,13 @@ class AloreSite:
 
 @dataclass(frozen=True)
 class MlaeSite:
-    """A linear for MLAE experts. `bias_owner` names an attention whose forward would go around the linear,
-    and whose class must change with it (see `modules.FusedBiasAttention`)."""
+    """A linear for MLAE experts.
+
+    Attributes:
+        module: the linear's name.
+        bias_owner: name of an attention whose forward would go around the linear, and whose class must change
+            with it (see `modules.FusedBiasAttention`); None where the linear is called as a module.
+    """
 
     module: str
     bias_owner: str | None = None
