@@ -59,7 +59,7 @@ def extension():
     macros = [("ALORE_VERSION", f'"{VERSION}"'), ("ALORE_TORCH_VERSION", f'"{torch.__version__}"')]
     cxx = ["-O3", "-std=c++20", "-Wall", "-Wno-unknown-pragmas", "-fopenmp-simd", "-fvisibility=hidden"]
     if platform.machine() in ("x86_64", "AMD64"):
-        # The token-mixing loops are 8 to 64 floats wide; AVX2 is what every torch wheel's own kernels assume at runtime.
+        # The token-mixing loops are 8 to 64 floats wide, made for vectors.
         cxx += ["-mavx2", "-mfma"]
     flags = {"cxx": cxx}
     link, include = [], [str(ROOT / "csrc")]

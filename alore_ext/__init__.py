@@ -8,8 +8,8 @@ ae.save_adapter(model, "pets.safetensors")
 ae.merge_and_unload(model)                               # the plain backbone again, at its own speed
 """
 
-from ._extension import build_info
 from . import ops, reference  # noqa: I001  (the extension loads first)
+from ._extension import build_info
 from .checkpoint import adapter_state_dict, load_adapter, save_adapter
 from .config import AloreConfig, MlaeConfig
 from .merging import merge_, merge_and_unload, unmerge_

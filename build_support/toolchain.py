@@ -25,7 +25,7 @@ class CudaToolchain:
     def link_args(self, scratch: Path) -> list[str]:
         """-L and -l flags for cudart and cuBLAS.
 
-        pip's CUDA wheels carry `libcublas.so.13` but no unversioned name for `-lcublas`, so one is linked into `scratch`.
+        pip's CUDA wheels carry `libcublas.so.13` but no unversioned name for `-lcublas`: `scratch` gets one.
         """
         scratch.mkdir(parents=True, exist_ok=True)
         for name in ("cudart", "cublas"):
@@ -73,9 +73,9 @@ def find_cuda(torch_cuda: str | None, site_packages: Path, env) -> CudaToolchain
     version = nvcc_version(nvcc)
     if version.split(".")[0] != torch_cuda.split(".")[0]:
         raise ToolchainError(
-            f"alore_ext: nvcc is CUDA {version} ({nvcc}), but torch was built for CUDA {torch_cuda}; their major versions "
-            f"must agree. Either point CUDA_HOME at a CUDA {torch_cuda.split('.')[0]} toolkit, or install a torch built for "
-            f"CUDA {version.split('.')[0]}, or build the CPU ops alone with ALORE_CUDA=0."
+            f"alore_ext: nvcc is CUDA {version} ({nvcc}), but torch was built for CUDA {torch_cuda}; their major "
+            f"versions must agree. Point CUDA_HOME at a CUDA {torch_cuda.split('.')[0]} toolkit, or install a torch "
+            f"built for CUDA {version.split('.')[0]}, or build the CPU ops alone with ALORE_CUDA=0."
         )
     wheel = pip_cuda_folder(site_packages, torch_cuda.split(".")[0])
     include = [d for d in (home / "include", wheel and wheel / "include") if d and d.is_dir()]

@@ -3,8 +3,6 @@
 
 #include <ATen/core/grad_mode.h>
 #include <torch/csrc/autograd/custom_function.h>
-#include <torch/csrc/autograd/functions/basic_ops.h>
-#include <torch/csrc/autograd/functions/utils.h>
 
 #include "ops/dispatch.h"
 
@@ -36,18 +34,44 @@ class NeededGrads {
   size_t edge_ = 0;
 };
 
-// Marks first-order gradients so that differentiating them again raises: the backward ops have no derivative
-// of their own. The node stands between the gradients and all that they depend on, so no second-order path
-// can go around it.
-template <typename Tuple, typename... Inputs>
-Tuple once_differentiable(const char* op, Tuple grads, const Inputs&... inputs) {
-  auto node = std::make_shared<torch::autograd::Error>(
-      std::string("alore_ext::") + op + ": double backward is not supported",
-      torch::autograd::collect_next_edges(inputs...));
-  const auto mark = [&](const Tensor& grad) {
-    if (grad.defined()) torch::autograd::set_history(grad, node);
+// Runs a backward op as a node of its own whose backward raises: the ops have no second derivative, and a
+// node stands on every path between the gradients and all that they depend on, so that none can be followed
+// past it silently.
+class OnceDifferentiable : public torch::autograd::Function<OnceDifferentiable> {
+ public:
+  // `inputs` are what the gradients depend on; call() returns the defined ones.
+  template <typename Call, typename... Inputs>
+  static variable_list forward(AutogradContext* ctx, const std::string& op, Call call,
+                               const Inputs&... inputs) {
+    ctx->saved_data["op"] = op;
+    return call();
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list&) {
+    TORCH_CHECK(false, "alore_ext::", ctx->saved_data["op"].toStringRef(),
+                ": double backward is not supported");
+  }
+};
+
+// grads = call(), below autograd; differentiating them again raises.
+template <typename Call, typename... Inputs>
+auto once_differentiable(const char* op, Call call, const Inputs&... inputs) {
+  using Tuple = decltype(call());
+  const auto below = [&] {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    return call();
   };
-  std::apply([&](const auto&... each) { (mark(each), ...); }, grads);
+  if (!any_requires_grad(inputs...)) return below();
+  Tuple grads;
+  const auto run = [&] {
+    grads = below();
+    variable_list defined;
+    std::apply([&](const auto&... g) { ((g.defined() ? defined.push_back(g) : void()), ...); }, grads);
+    return defined;
+  };
+  variable_list marked = OnceDifferentiable::apply(std::string(op), run, inputs...);
+  size_t next = 0;
+  std::apply([&](auto&... g) { ((g.defined() ? void(g = marked[next++]) : void()), ...); }, grads);
   return grads;
 }
 

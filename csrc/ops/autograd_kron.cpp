@@ -97,40 +97,29 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_alore_autograd(const Tensor& x, co
 
 T4 kron_linear_backward_autograd(const Tensor& grad_out, const Tensor& x, const Tensor& scale,
                                  const Tensor& down, const Tensor& up, Mask4 mask) {
-  const bool again = any_requires_grad(grad_out, x, scale, down, up);
-  T4 grads;
-  {
-    const at::AutoDispatchBelowADInplaceOrView below;
-    grads = kron_linear_backward_op().call(grad_out, x, scale, down, up, mask);
-  }
-  return again ? once_differentiable("kron_linear", std::move(grads), grad_out, x, scale, down, up) : grads;
+  return once_differentiable(
+      "kron_linear", [&] { return kron_linear_backward_op().call(grad_out, x, scale, down, up, mask); },
+      grad_out, x, scale, down, up);
 }
 
 T4 alore_backward_autograd(const Tensor& grad_out, const Tensor& x, const Tensor& scale, const Tensor& down,
                            const Tensor& up, const OptTensor& seed, double dropout_p, Mask4 mask) {
-  const bool again = any_requires_grad(grad_out, x, scale, down, up);
-  T4 grads;
-  {
-    const at::AutoDispatchBelowADInplaceOrView below;
-    grads = alore_backward_op().call(grad_out, x, scale, down, up, seed, dropout_p, mask);
-  }
-  return again ? once_differentiable("alore", std::move(grads), grad_out, x, scale, down, up) : grads;
+  return once_differentiable(
+      "alore", [&] { return alore_backward_op().call(grad_out, x, scale, down, up, seed, dropout_p, mask); },
+      grad_out, x, scale, down, up);
 }
 
 T6 layer_norm_alore_backward_autograd(const Tensor& grad_out, const Tensor& x, const OptTensor& weight,
                                       const OptTensor& bias, const Tensor& mean, const Tensor& rstd,
                                       const Tensor& scale, const Tensor& down, const Tensor& up,
                                       const OptTensor& seed, double dropout_p, Mask6 mask) {
-  const bool again = any_requires_grad(grad_out, x, weight, bias, scale, down, up);
-  T6 grads;
-  {
-    const at::AutoDispatchBelowADInplaceOrView below;
-    grads = layer_norm_alore_backward_op().call(grad_out, x, weight, bias, mean, rstd, scale, down, up, seed,
-                                                dropout_p, mask);
-  }
-  return again ? once_differentiable("layer_norm_alore", std::move(grads), grad_out, x, weight, bias, scale,
-                                     down, up)
-               : grads;
+  return once_differentiable(
+      "layer_norm_alore",
+      [&] {
+        return layer_norm_alore_backward_op().call(grad_out, x, weight, bias, mean, rstd, scale, down, up,
+                                                   seed, dropout_p, mask);
+      },
+      grad_out, x, weight, bias, scale, down, up);
 }
 
 }  // namespace

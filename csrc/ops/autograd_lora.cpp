@@ -34,15 +34,10 @@ Tensor masked_lora_linear_autograd(const Tensor& x, const Tensor& weight, const 
 T6 masked_lora_linear_backward_autograd(const Tensor& grad_out, const Tensor& x, const Tensor& weight,
                                         const Tensor& lora_a, const Tensor& lora_b, const Tensor& coeff,
                                         Mask6 mask) {
-  const bool again = any_requires_grad(grad_out, x, weight, lora_a, lora_b, coeff);
-  T6 grads;
-  {
-    const at::AutoDispatchBelowADInplaceOrView below;
-    grads = masked_lora_linear_backward_op().call(grad_out, x, weight, lora_a, lora_b, coeff, mask);
-  }
-  return again ? once_differentiable("masked_lora_linear", std::move(grads), grad_out, x, weight, lora_a,
-                                     lora_b, coeff)
-               : grads;
+  return once_differentiable(
+      "masked_lora_linear",
+      [&] { return masked_lora_linear_backward_op().call(grad_out, x, weight, lora_a, lora_b, coeff, mask); },
+      grad_out, x, weight, lora_a, lora_b, coeff);
 }
 
 template <typename... Tensors>
