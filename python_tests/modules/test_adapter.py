@@ -93,8 +93,9 @@ def test_adapted_class_is_one_per_pair():
 )
 def test_copies_are_adapted_and_apart(copier):
     layer = nn.Linear(6, 8)
-    attach(layer, AloreLinear, alore_parameters(8), own_scale())
+    attach(layer.eval(), AloreLinear, alore_parameters(8), own_scale())
     twin = copier(layer)
+    assert twin.training is False
     x = torch.randn(2, 6)
     assert type(twin) is type(layer) and torch.equal(twin(x), layer(x))
     assert twin.up is not layer.up
