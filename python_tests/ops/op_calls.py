@@ -98,6 +98,5 @@ def merge_calls(device="cpu", dtype=torch.float64, factor_dtype=None):
 
 def requiring_grad(arguments):
     return [
-        a.detach().requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a
-        for a in arguments
+        a.detach().requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in arguments
     ]

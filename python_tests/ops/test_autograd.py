@@ -87,9 +87,7 @@ def test_saves_inputs_and_statistics_only(op, device):
     inputs = leaves(args)
     tail = () if op in ("kron_linear", "masked_lora_linear") else (0.5,)
     saved = {}
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda t: saved.setdefault(t.data_ptr(), t), lambda t: t
-    ):
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.setdefault(t.data_ptr(), t), lambda t: t):
         getattr(ops, op)(*inputs.values(), *tail)
     given = {inputs[name].data_ptr() for name in tensor_names(args)}
     extra = sum(t.numel() for pointer, t in saved.items() if pointer not in given)
@@ -219,15 +217,16 @@ def test_a_shared_factor_accumulates(op, device):
     inputs, grad_out = leaves(args), output_like(op, args)
     y = getattr(ops, op)(*inputs.values()) + getattr(ops, op)(*(inputs | {"x": 2 * args["x"]}).values())
     y.backward(grad_out)
-    expected = sum(
-        run(ops, op, args | {"x": factor * args["x"]}, grad_out)[1]["scale"] for factor in (1, 2)
-    )
+    expected = sum(run(ops, op, args | {"x": factor * args["x"]}, grad_out)[1]["scale"] for factor in (1, 2))
     torch.testing.assert_close(inputs["scale"].grad, expected)
 
 
 def test_frozen_affine_and_weight_get_no_gradient_work(device):
     """What does not require grad is not returned, even when asked for nothing else but x."""
-    for op, args in (("layer_norm_alore", layer_norm_args(device=device)), ("masked_lora_linear", lora_args(device=device))):
+    for op, args in (
+        ("layer_norm_alore", layer_norm_args(device=device)),
+        ("masked_lora_linear", lora_args(device=device)),
+    ):
         inputs = leaves(args, {"x"})
         getattr(ops, op)(*inputs.values()).sum().backward()
         assert all(inputs[name].grad is None for name in ("weight", "bias"))

@@ -21,9 +21,7 @@ def factors(dtype=torch.float64, device="cpu", dims=DIMS):
 
 def linear(side, dtype=torch.float64, device="cpu", width=WIDTH):
     shape = (OTHER, width) if side == "before" else (width, OTHER)
-    return draw(*shape, dtype=dtype, device=device, gain=shape[1] ** -0.5), draw(
-        shape[0], dtype=dtype, device=device
-    )
+    return draw(*shape, dtype=dtype, device=device, gain=shape[1] ** -0.5), draw(shape[0], dtype=dtype, device=device)
 
 
 def low_rank(dtype=torch.float64, device="cpu"):

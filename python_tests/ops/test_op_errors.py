@@ -57,8 +57,7 @@ class Bad:
         changed = {self.argument: made(self.argument, self.value)}
         changed |= {name: made(name, value) for name, value in self.also.items()}
         return call | {
-            name: value.to(device) if isinstance(value, torch.Tensor) else value
-            for name, value in changed.items()
+            name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in changed.items()
         }
 
 

@@ -24,9 +24,7 @@ def test_shapes(dims, dtype, factor_dtype, device):
 @pytest.mark.parametrize(("dtype", "factor_dtype"), DTYPES)
 @pytest.mark.parametrize("lead", LEADS, ids=str)
 def test_leading_axes(lead, dtype, factor_dtype, device):
-    assert_matches_oracle(
-        "layer_norm_alore", layer_norm_args((3, 3, 3, 7, 7, 5), lead, dtype, factor_dtype, device)
-    )
+    assert_matches_oracle("layer_norm_alore", layer_norm_args((3, 3, 3, 7, 7, 5), lead, dtype, factor_dtype, device))
 
 
 @pytest.mark.parametrize(("dtype", "factor_dtype"), DTYPES)
