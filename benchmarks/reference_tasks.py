@@ -30,7 +30,7 @@ def finetune(args, data, method, lr):
     if run.returncode != 0:
         raise RuntimeError(f"{data.stem} {method} lr {lr:g}: {run.stderr.strip()[-600:]}")
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    val = [entry["val_accuracy"] for entry in log if "val_accuracy" in entry][-1]
+    val = [entry["eval_accuracy"] for entry in log if "eval_accuracy" in entry][-1]
     result = json.loads((out / "result.json").read_text())
     return {**result, "data": data.stem, "method": method, "lr": lr, "val": val}
 
