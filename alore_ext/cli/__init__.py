@@ -15,7 +15,7 @@ __all__ = ["main"]
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code.
 
-    0 done; 1 out of memory; 2 bad input (one line on stderr); 130 interrupted.
+    0 done; 1 out of memory, or merging changed the model; 2 bad input (one line on stderr); 130 interrupted.
     """
     parser = _parser()
     arguments = parser.parse_args(argv)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from pathlib import Path
 
@@ -146,6 +147,10 @@ def run(arguments: argparse.Namespace) -> int:
     _report(results, folders, out, time.perf_counter() - started)
     if arguments.out is None:
         print(_AFTER_THE_DEMO)
+    wrong = [TITLES[result.method] for result in results if result.merge and not result.merge.agrees]
+    if wrong:
+        print(f"alore-ext finetune: merging changed {' and '.join(wrong)}: please report this", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -17,7 +17,7 @@ from alore_ext.training.files import (
     PLOT_FILE,
     RESULT_FILE,
 )
-from alore_ext.training.recipe import METHODS, Recipe, default_recipe, demo_recipe
+from alore_ext.training.recipe import DEMO_MLAE_DROPOUT, METHODS, Recipe, default_recipe, demo_recipe
 from alore_ext.training.session import ADAPTER_METHODS, Settings
 from alore_ext.training.state import write_json
 
@@ -99,7 +99,10 @@ def _settings(arguments: argparse.Namespace, method: str) -> Settings:
         given["pretrained"] = True
     if not (given.get("pretrained") or given.get("weights") or arguments.random_init):
         raise InputError(f"--model {model}: give --pretrained, --weights FILE, or --random-init if that is meant")
-    recipe = (demo_recipe if (model, data) == (BUNDLED, "digits") else default_recipe)(method)
+    demo = (model, data) == (BUNDLED, "digits")
+    if demo and method == "mlae":
+        given.setdefault("dropout", DEMO_MLAE_DROPOUT)
+    recipe = (demo_recipe if demo else default_recipe)(method)
     recipe = recipe.override(**{field.name: given.pop(field.name, None) for field in fields(Recipe)})
     for name, minimum in (("eval_every", 1), ("checkpoint_every", 1), ("img_size", 1), ("seed", 0)):
         if given.get(name, minimum) < minimum:

@@ -113,6 +113,8 @@ def plot(folders: dict[str, Path], results: list[Result], file: Path) -> None:
             )
         axes[2].set(xlabel="trainable parameters", ylabel=f"{results[0].split} accuracy (%)", xscale="log")
         axes[2].margins(0.2)
+    for axis in axes[:2]:
+        axis.xaxis.get_major_locator().set_params(integer=True)
     for axis in axes:
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)

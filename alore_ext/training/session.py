@@ -84,6 +84,11 @@ class MergeCheck:
     accuracy_merged: float
     changed_predictions: int
 
+    @property
+    def agrees(self) -> bool:
+        """Whether fp32 rounding explains the difference (it is about 1e-6 of the largest logit)."""
+        return self.max_logit_difference <= 1e-3 * max(1.0, self.max_logit)
+
 
 @dataclass(frozen=True)
 class Result:

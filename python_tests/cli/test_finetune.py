@@ -67,6 +67,26 @@ def test_merging_changes_nothing(finished, method):
     assert merge["max_logit_difference"] <= 1e-4 * max(1, merge["max_logit"])
 
 
+def test_a_merge_that_changes_the_model_is_a_failure(finetune, tmp_path, monkeypatch, capsys):
+    def broken_merge(model):
+        alore_ext.merge_(model)
+        model.head.weight.data.add_(1)
+
+    monkeypatch.setattr("alore_ext.training.session.alore_ext", FakeLibrary(merge_=broken_merge))
+    assert finetune("alore", tmp_path / "a", "--epochs", "1") == 1
+    assert "merging changed ALoRE" in capsys.readouterr().err
+
+
+class FakeLibrary:
+    """The package with some functions replaced, for one module alone."""
+
+    def __init__(self, **replaced):
+        self.__dict__.update(replaced)
+
+    def __getattr__(self, name):
+        return getattr(alore_ext, name)
+
+
 def test_methods_train_what_they_say(finished):
     """Linear moves the head alone, full moves everything."""
     torch.manual_seed(0)
