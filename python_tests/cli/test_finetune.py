@@ -70,7 +70,7 @@ def test_merging_changes_nothing(finished, method):
 def test_a_merge_that_changes_the_model_is_a_failure(finetune, tmp_path, monkeypatch, capsys):
     def broken_merge(model):
         alore_ext.merge_(model)
-        model.head.weight.data.add_(1)
+        model.head.bias.data.add_(1)
 
     monkeypatch.setattr("alore_ext.training.session.alore_ext", FakeLibrary(merge_=broken_merge))
     assert finetune("alore", tmp_path / "a", "--epochs", "1") == 1
