@@ -69,9 +69,7 @@ def peft(config_name, **options):
     def build(model):
         import peft as library
 
-        wrapped = library.get_peft_model(
-            model, getattr(library, config_name)(modules_to_save=["head"], **options)
-        )
+        wrapped = library.get_peft_model(model, getattr(library, config_name)(modules_to_save=["head"], **options))
         return wrapped
 
     return build
@@ -94,9 +92,7 @@ class Step:
     def __init__(self, model, images, labels, mode):
         self.images, self.labels = images, labels
         self.trainable = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.trainable, lr=1e-4, fused=images.is_cuda, capturable=mode == "graph"
-        )
+        self.optimizer = torch.optim.AdamW(self.trainable, lr=1e-4, fused=images.is_cuda, capturable=mode == "graph")
         self.forward = torch.compile(model) if mode == "compile" else model
         self.graph = None
         if mode == "graph":
@@ -158,9 +154,7 @@ def measure(name, base, images, labels, mode, seconds):
 
 def commit():
     try:
-        return subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-        ).stdout.strip()
+        return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     except OSError:
         return ""
 
@@ -185,9 +179,7 @@ def plot(rows, path):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="vit_base_patch16_224")
     parser.add_argument("--batch", type=int, nargs="+", default=[32, 256])
     parser.add_argument("--mode", nargs="+", default=["eager"], choices=["eager", "graph", "compile"])
@@ -199,12 +191,8 @@ def main():
     args = parser.parse_args()
 
     device = torch.device(args.device)
-    machine = (
-        torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    )
-    print(
-        f"{args.model} {args.dtype} on {machine}, torch {torch.__version__}, commit {commit() or 'unknown'}"
-    )
+    machine = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{args.model} {args.dtype} on {machine}, torch {torch.__version__}, commit {commit() or 'unknown'}")
     torch.manual_seed(0)
     base = timm.create_model(args.model, num_classes=100).to(device, DTYPES[args.dtype])
     size = base.patch_embed.img_size
@@ -218,17 +206,13 @@ def main():
                 try:
                     row = measure(name, base, images, labels, mode, args.seconds)
                 except Exception as error:
-                    print(
-                        f"{batch:>5} {mode:<8} {name:<14} failed: {type(error).__name__}: {str(error)[:120]}"
-                    )
+                    print(f"{batch:>5} {mode:<8} {name:<14} failed: {type(error).__name__}: {str(error)[:120]}")
                     continue
                 finally:
                     gc.collect()
                     if device.type == "cuda":
                         torch.cuda.empty_cache()
-                group.append(
-                    {**row, "batch": batch, "mode": mode, "ratio": row["ms"] / (group or [row])[0]["ms"]}
-                )
+                group.append({**row, "batch": batch, "mode": mode, "ratio": row["ms"] / (group or [row])[0]["ms"]})
                 memory = f"{row['peak_mib']:>9,.0f} MiB" if row["peak_mib"] is not None else ""
                 print(
                     f"{batch:>5} {mode:<8} {name:<14} {row['ms']:>9.2f} ms  {group[-1]['ratio']:>5.2f}x {memory}"
