@@ -126,6 +126,20 @@ def pip_cuda_folder(site_packages: Path, major: str) -> Path | None:
     return folder if folder.is_dir() else None
 
 
+def shared_libstdcxx(env) -> list[str]:
+    """Names the C++ runtime that torch itself uses, ahead of the compiler's own choice.
+
+    Some compiler installations link libstdc++ statically. A library with a private copy of it crashes in the first
+    stream that it formats (each error message, that is): the copies number their locale facets differently.
+    """
+    compiler = (env.get("CXX") or shutil.which("c++") or "g++").split()[0]
+    try:
+        found = subprocess.run([compiler, "-print-file-name=libstdc++.so.6"], capture_output=True, text=True).stdout
+    except OSError:
+        return []
+    return [found.strip()] if Path(found.strip()).is_absolute() else []
+
+
 def arch_list(env) -> str:
     return env.get("TORCH_CUDA_ARCH_LIST") or env.get("ALORE_ARCHS") or DEFAULT_ARCHS
 

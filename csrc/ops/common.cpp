@@ -230,6 +230,13 @@ void check_grad(const char* op, const Tensor& grad_out, c10::SymIntArrayRef size
   check_device(op, "grad_out", grad_out, like);
 }
 
+void check_norm_grad(const char* op, const Tensor& grad_out, const Tensor& x) {
+  const auto got = grad_out.scalar_type();
+  TORCH_CHECK(got == x.scalar_type() || (x.scalar_type() == at::kFloat && is_half(got)), op,
+              ": grad_out must be ", x.scalar_type(), " (x's dtype), or 16-bit for a Float x; got ", got);
+  check_grad(op, grad_out, x.sym_sizes(), x, got);
+}
+
 std::vector<c10::SymInt> kron_output_sizes(const Tensor& x, const Tensor& scale, const Tensor& up) {
   std::vector<c10::SymInt> sizes = x.sym_sizes().vec();
   sizes.back() = scale.sym_size(2) * up.sym_size(2);

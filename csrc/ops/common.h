@@ -44,6 +44,9 @@ void check_merge_lora(const Tensor& weight, const Tensor& lora_a, const Tensor& 
 void check_grad(const char* op, const Tensor& grad_out, c10::SymIntArrayRef sizes, const Tensor& like,
                 at::ScalarType dtype);
 
+// The same for layer_norm_alore, whose output may be narrower than a float32 x.
+void check_norm_grad(const char* op, const Tensor& grad_out, const Tensor& x);
+
 // x's sizes with the last one replaced by that of the Kronecker map's output.
 std::vector<c10::SymInt> kron_output_sizes(const Tensor& x, const Tensor& scale, const Tensor& up);
 std::vector<c10::SymInt> lora_output_sizes(const Tensor& x, const Tensor& weight);

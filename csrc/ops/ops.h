@@ -121,10 +121,10 @@ Grads6 layer_norm_alore_backward(const Tensor& grad_out, const Tensor& x, const 
                                  const OptTensor& seed, double dropout_p, std::array<bool, 6> mask) {
   const auto out_dtype = grad_out.scalar_type();
   check_kron("layer_norm_alore_backward", x, scale, down, up, Width::kResidual);
-  check_layer_norm("layer_norm_alore_backward", x, weight, bias, 0.0, out_dtype);
+  check_layer_norm("layer_norm_alore_backward", x, weight, bias, 0.0, std::nullopt);
   check_statistics("layer_norm_alore_backward", x, mean, rstd);
   check_dropout("layer_norm_alore_backward", x, seed, dropout_p);
-  check_grad("layer_norm_alore_backward", grad_out, x.sym_sizes(), x, out_dtype);
+  check_norm_grad("layer_norm_alore_backward", grad_out, x);
   mask[1] = mask[1] && weight.has_value() && weight->defined();
   mask[2] = mask[2] && bias.has_value() && bias->defined();
   const typename Backend::Guard guard(x);

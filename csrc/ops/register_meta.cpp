@@ -65,10 +65,10 @@ Grads6 layer_norm_alore_backward_meta(const Tensor& grad_out, const Tensor& x, c
                                       const Tensor& scale, const Tensor& down, const Tensor& up,
                                       const OptTensor& seed, double dropout_p, std::array<bool, 6> mask) {
   check_kron("layer_norm_alore_backward", x, scale, down, up, Width::kResidual);
-  check_layer_norm("layer_norm_alore_backward", x, weight, bias, 0.0, grad_out.scalar_type());
+  check_layer_norm("layer_norm_alore_backward", x, weight, bias, 0.0, std::nullopt);
   check_statistics("layer_norm_alore_backward", x, mean, rstd);
   check_dropout("layer_norm_alore_backward", x, seed, dropout_p);
-  check_grad("layer_norm_alore_backward", grad_out, x.sym_sizes(), x, grad_out.scalar_type());
+  check_norm_grad("layer_norm_alore_backward", grad_out, x);
   return {grad_like(mask[0], x),     grad_like(mask[1], weight), grad_like(mask[2], bias),
           grad_like(mask[3], scale), grad_like(mask[4], down),   grad_like(mask[5], up)};
 }

@@ -68,7 +68,7 @@ def test_launchers_do_not_synchronise(op):
 
 @pytest.mark.parametrize("op", [pytest.param(op, marks=needs_cuda) for op in OPS])
 def test_side_stream_gives_the_same(op):
-    """Kernels go to the caller's current stream."""
+    """Kernels go to the caller's current stream (where cuBLAS may choose another algorithm)."""
     args = small_args(op, "cuda", dtype=torch.float32, **LARGE[op])
     grad_out = output_like(op, args)
     expected, expected_grads = run(ops, op, args, grad_out)
@@ -77,6 +77,6 @@ def test_side_stream_gives_the_same(op):
     with torch.cuda.stream(stream):
         got, grads = run(ops, op, args, grad_out)
     torch.cuda.current_stream().wait_stream(stream)
-    assert torch.equal(got, expected)
+    torch.testing.assert_close(got, expected)
     for name, grad in grads.items():
-        assert torch.equal(grad, expected_grads[name]), name
+        torch.testing.assert_close(grad, expected_grads[name], msg=name)

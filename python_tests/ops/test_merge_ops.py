@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from op_cases import draw, kron_args, lora_args
+from op_cases import draw, kron_args, lora_args, needs_cuda
 
 from alore_ext import ops, reference
 
@@ -139,6 +139,17 @@ def test_small_updates_are_rounded_once_not_swallowed_term_by_term(dtype, device
     a, b = torch.ones(64, 64, device=device), torch.ones(8, 64, device=device)
     ops.merge_lora_(weight, a, b, torch.full((64,), eps / 8, device=device))
     assert torch.equal(weight, torch.full_like(weight, 1 + 8 * eps))
+
+
+@pytest.mark.parametrize("op", [pytest.param(op, marks=needs_cuda) for op in ("merge_kron_", "merge_lora_")])
+def test_tf32_never_reaches_a_merge(op, monkeypatch):
+    """Training may allow TF32; a merge is done once and keeps every bit of float32."""
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+    weight, bias, adapter = setting(op, "cuda", torch.float32)
+    exact, exact_bias = weight.double(), bias.double()
+    merge(op, exact, exact_bias, [f.double() for f in adapter])
+    merge(op, weight, bias, adapter)
+    torch.testing.assert_close(weight.double(), exact, rtol=1e-5, atol=1e-5)
 
 
 def merge(op, weight, bias, adapter, side="after"):

@@ -7,6 +7,7 @@ import contextlib
 
 import pytest
 import torch
+import torch.utils.deterministic
 from op_calls import backward_calls, forward_calls, merge_calls
 from op_cases import OPS, kron_args, output_like, run, small_args
 
