@@ -28,7 +28,7 @@ from .options import (
 )
 from .planning import plan_runs, saved_runs, start_folder
 
-_DEMO_FOLDER = "alore_demo"
+_DEMO_FOLDER = Path("runs/demo")
 _EPILOG = """\
 With no arguments it is a demonstration: a small ViT that ships with the package learns scikit-learn's
 digits by four methods, side by side. The papers' recipes are the defaults: AdamW, warm-up, cosine, and

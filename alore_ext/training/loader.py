@@ -6,8 +6,10 @@ by DataLoader workers; when every epoch would decode the same pixels and they fi
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -22,6 +24,7 @@ from .images import batch_generator, crop_boxes, draw_augmentation, normalize, r
 __all__ = ["InputSpec", "Loader", "make_loader"]
 
 _KEEP_BYTES = 1 << 30  # of resized pixels, kept so that later epochs need not make them again
+_STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
 _ORDER_STEP = 2**32 - 1  # the step whose stream shuffles the epoch; no epoch has as many batches
 
 
@@ -159,11 +162,13 @@ def _run(dataset: _Files, keys: list, workers: int, pin_memory: bool = False) ->
         batch_sampler=keys,
         num_workers=workers,
         pin_memory=pin_memory,
-        worker_init_fn=_ignore_interrupt,
+        worker_init_fn=_leave_process_group,
         generator=torch.Generator(),  # else it would draw its base seed from the run's own random stream
     )
     try:
-        yield from loader
+        with _held(_STOP_SIGNALS):
+            batches = iter(loader)  # starts the workers
+        yield from batches
     except InputError as error:  # a worker's error arrives with its whole traceback as the message
         raise InputError(str(error).strip().splitlines()[-1].rpartition("InputError: ")[2]) from error
 
@@ -173,9 +178,23 @@ def _fits(images: Tensor, device: torch.device) -> bool:
     return device.type != "cuda" or images.nbytes <= torch.cuda.mem_get_info(device)[0] // 2
 
 
-def _ignore_interrupt(_worker: int) -> None:
-    # The terminal sends Ctrl-C to workers too. The main process decides when to stop.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+@contextmanager
+def _held(signals: set[signal.Signals]) -> Iterator[None]:
+    """Signals wait until the end, here and, until they say otherwise, in processes that start meanwhile."""
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+
+
+def _leave_process_group(_worker: int) -> None:
+    # A terminal's Ctrl-C and a scheduler's SIGTERM go to the whole group. The main process decides when to stop,
+    # and needs its workers to finish the step. They still obey its own SIGTERM.
+    os.setpgrp()
+    for early in signal.sigpending() & _STOP_SIGNALS:
+        signal.sigwait({early})
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
 
 
 def make_loader(

@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from tiny_runs import VIT
+from tiny_runs import COMMAND, VIT, outside
 
 from alore_ext.cli import main
 
@@ -29,25 +29,10 @@ def test_wrong_usage_exits_with_2(arguments, capsys):
 )
 def test_a_missing_package_is_one_line(missing, pip_name, task, tmp_path):
     data = "digits" if missing == "sklearn" else task
-    code = f"import sys; sys.modules[{missing!r}] = None; from alore_ext.cli import main; sys.exit(main())"
+    code = f"import sys; sys.modules[{missing!r}] = None; {COMMAND}"
+    options = (*VIT, "--data", data, "--method", "linear", "--epochs", "1", "--out", str(tmp_path / "a"))
     done = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            code,
-            "finetune",
-            *VIT,
-            "--data",
-            data,
-            "--method",
-            "linear",
-            "--epochs",
-            "1",
-            "--out",
-            str(tmp_path / "a"),
-        ],
-        capture_output=True,
-        text=True,
+        [sys.executable, "-c", code, "finetune", *options], capture_output=True, text=True, **outside(tmp_path)
     )
     assert done.returncode == 2, done.stderr
     expected = f"alore-ext finetune: error: this command needs {pip_name}: pip install 'alore_ext[demo]'"

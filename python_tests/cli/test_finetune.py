@@ -13,7 +13,7 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tiny_runs import QUICK, VIT
+from tiny_runs import COMMAND, QUICK, VIT, outside
 
 import alore_ext
 from alore_ext.cli import main
@@ -128,8 +128,8 @@ def test_with_no_arguments_it_is_the_demonstration(monkeypatch, tmp_path, capsys
     assert main(["finetune"]) == 130
     settings, folder = seen[0]
     assert (settings.model, settings.data, settings.pretrained) == ("tiny_vit", "digits", True)
-    assert folder == Path("alore_demo/linear")
-    assert read(tmp_path / "alore_demo" / "config.json") == {"runs": list(METHODS)}
+    assert folder == Path("runs/demo/linear")
+    assert read(tmp_path / "runs" / "demo" / "config.json") == {"runs": list(METHODS)}
     assert main(["finetune"]) == 130  # again: its own folder is no obstacle
 
 
@@ -170,34 +170,35 @@ def test_interrupted_and_resumed_is_the_same_run(finetune, tmp_path, monkeypatch
         assert ours | {"seconds": 0} == theirs | {"seconds": 0}
 
 
-def test_a_real_ctrl_c(task, tmp_path):
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A folder of two class folders, ten images each."""
+    root = tmp_path_factory.mktemp("pictures")
+    for name, colour in (("red", (200, 30, 30)), ("blue", (30, 30, 200))):
+        (root / name).mkdir()
+        for index in range(10):
+            Image.new("RGB", (40 + index, 50), colour).save(root / name / f"{index}.jpg")
+    return str(root)
+
+
+@pytest.mark.parametrize("number, source", [(signal.SIGINT, "task"), (signal.SIGTERM, "pictures")])
+def test_a_real_signal_to_the_whole_process_group(number, source, request, tmp_path):
     out = tmp_path / "run"
-    command = [
-        sys.executable,
-        "-c",
-        "import sys; from alore_ext.cli import main; sys.exit(main())",
-        "finetune",
-        *VIT,
-        *QUICK,
-        "--data",
-        task,
-        "--out",
-        str(out),
-        "--epochs",
-        "100000",
-    ]
+    data = ("--data", request.getfixturevalue(source), "--augment", "crop", "--workers", "2")
+    options = (*VIT, *QUICK, *data, "--out", str(out), "--epochs", "100000")
     process = subprocess.Popen(
-        command,
+        [sys.executable, "-c", COMMAND, "finetune", *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+        **outside(tmp_path),
     )
     try:
         deadline = time.monotonic() + 120
         while not (out / "checkpoint.pt").exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
+        os.killpg(process.pid, number)
         _, err = process.communicate(timeout=60)
     finally:
         process.kill()
@@ -232,12 +233,8 @@ def test_same_seed_same_bits_other_seed_other_bits(finetune, tmp_path):
     assert not torch.equal(files[0]["head.weight"], files[2]["head.weight"])
 
 
-def test_a_folder_of_images(tmp_path, capsys):
-    for name, colour in (("red", (200, 30, 30)), ("blue", (30, 30, 200))):
-        (tmp_path / "pictures" / name).mkdir(parents=True)
-        for index in range(10):
-            Image.new("RGB", (40 + index, 50), colour).save(tmp_path / "pictures" / name / f"{index}.jpg")
-    options = ("--data", str(tmp_path / "pictures"), "--out", str(tmp_path / "run"), "--augment", "crop")
+def test_a_folder_of_images(pictures, tmp_path, capsys):
+    options = ("--data", pictures, "--out", str(tmp_path / "run"), "--augment", "crop")
     assert main(["finetune", *VIT, *QUICK, *options, "--lr", "0.01", "--workers", "1"]) == 0
     assert "2 classes; 16 train, 4 test" in capsys.readouterr().out
     assert read(tmp_path / "run" / "result.json")["accuracy"] == 1.0
