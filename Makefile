@@ -21,10 +21,10 @@ CXX_FILES := $(shell find csrc benchmarks -name '*.h' -o -name '*.cpp' -o -name 
 .PHONY: demo test install lint format harness clean
 
 demo: install
-	$(BIN)/alore-ext finetune
+	$(BIN)/alore-ext finetune --overwrite
 
 test: install
-	$(BIN)/pytest -n $(JOBS) --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal
 
 install: $(VENV)/.installed
 

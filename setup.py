@@ -49,9 +49,7 @@ def kernel_sources(suffixes: tuple[str, ...]) -> list[str]:
 
 
 def extension():
-    sources = sorted(
-        str(p.relative_to(ROOT)) for d in ("ops", "bindings") for p in (ROOT / "csrc" / d).glob("*.cpp")
-    )
+    sources = sorted(str(p.relative_to(ROOT)) for d in ("ops", "bindings") for p in (ROOT / "csrc" / d).glob("*.cpp"))
     sources += kernel_sources((".cpp",) if cuda is None else (".cpp", ".cu"))
     if cuda is None:
         sources = [s for s in sources if not s.endswith("_cuda.cpp")]

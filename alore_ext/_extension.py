@@ -21,7 +21,7 @@ def _explain(error: ImportError) -> ImportError:
     if built_for is None:
         return ImportError(
             "alore_ext: its compiled library is missing. Install the package with `pip install --no-build-isolation .` "
-            f"from its source folder (importing the source tree itself is not enough). [{error}]"
+            "from its source folder (importing the source tree itself is not enough)."
         )
     if built_for != torch.__version__:
         return ImportError(

@@ -66,11 +66,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, include_head: bool =
     if state.merged is not None:
         raise ValueError(f"save_adapter: {type(model).__name__} is merged; call unmerge_ first")
     tensors = adapter_state_dict(model, include_head)
-    left_out = [
-        n
-        for n, p in model.named_parameters()
-        if p.requires_grad and n not in tensors and not state.is_head(n)
-    ]
+    left_out = [n for n, p in model.named_parameters() if p.requires_grad and n not in tensors and not state.is_head(n)]
     if left_out:
         warnings.warn(
             f"save_adapter: {len(left_out)} trainable parameters, neither adapter nor head, are not saved: "
@@ -135,9 +131,7 @@ class AdapterFile:
 
     def head_tensors(self) -> dict[str, Tensor]:
         """The tensors of the classifier."""
-        return {
-            n: t for n, t in self.tensors.items() if any(n.startswith(f"{head}.") for head in self.head_names)
-        }
+        return {n: t for n, t in self.tensors.items() if any(n.startswith(f"{head}.") for head in self.head_names)}
 
     def error(self, text: str) -> ValueError:
         """A ValueError that names the file."""
@@ -157,9 +151,7 @@ def read_adapter(path: str | os.PathLike) -> AdapterFile:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except SafetensorError as error:
-        raise ValueError(
-            f"load_adapter: {path} is not a safetensors file, or is truncated: {error}"
-        ) from None
+        raise ValueError(f"load_adapter: {path} is not a safetensors file, or is truncated: {error}") from None
     if metadata.get("format") != _FORMAT:
         raise ValueError(f"load_adapter: {path} is not an adapter file: format is {metadata.get('format')!r}")
     if metadata.get("format_version") != str(_VERSION):
@@ -210,9 +202,7 @@ def _load_on_patched(model: nn.Module, state: PatchState, file: AdapterFile) -> 
     if state.family != file.family:
         raise file.error(f"family must be {state.family!r}, got {file.family!r}")
     if state.configs != file.configs:
-        raise file.error(
-            f"the model is patched with {list(state.configs)}, the file has {list(file.configs)}"
-        )
+        raise file.error(f"the model is patched with {list(state.configs)}, the file has {list(file.configs)}")
     _check_base(model, state, file)
     parameters = {name: p for name, p in model.named_parameters() if name in set(state.adapter_names())}
     values = _checked_values(parameters, file)
@@ -235,9 +225,7 @@ def _checked_values(parameters: Mapping[str, Tensor], file: AdapterFile) -> dict
     if missing := sorted(parameters.keys() - values.keys()):
         raise file.error(f"misses {missing[0]} ({len(missing)} tensors in all)")
     if unknown := sorted(values.keys() - parameters.keys()):
-        raise file.error(
-            f"holds {unknown[0]}, which its config does not explain ({len(unknown)} tensors in all)"
-        )
+        raise file.error(f"holds {unknown[0]}, which its config does not explain ({len(unknown)} tensors in all)")
     for name, parameter in parameters.items():
         if values[name].shape != parameter.shape:
             raise file.error(f"{name} must be {list(parameter.shape)}, got {list(values[name].shape)}")

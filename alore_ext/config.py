@@ -27,9 +27,7 @@ class _Config:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields and the `method` tag, in types that JSON knows."""
-        fields = {
-            name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()
-        }
+        fields = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
         return {"method": self.method, **fields}
 
     def to_json(self) -> str:
@@ -229,9 +227,7 @@ class MlaeConfig(_Config):
             self._check_choice("pattern", FIXED_PATTERNS)
             if self.num_experts % 4:
                 # The paper's 2, 6, 10 and 14 of 8 experts are 1/4, 3/4, 5/4 and 7/4 of num_experts.
-                raise self._error(
-                    "num_experts", f"a multiple of 4 with masking={self.masking!r}", self.num_experts
-                )
+                raise self._error("num_experts", f"a multiple of 4 with masking={self.masking!r}", self.num_experts)
 
 
 Config = AloreConfig | MlaeConfig

@@ -46,9 +46,7 @@ def expert_counts(config: MlaeConfig, depth: int) -> tuple[int, ...]:
         return (config.num_experts,) * depth
     if config.pattern == "random":
         return _random_counts(config.num_experts, depth)
-    return tuple(
-        config.num_experts * quarters // 4 for quarters in _stretch(_EXPERT_QUARTERS[config.pattern], depth)
-    )
+    return tuple(config.num_experts * quarters // 4 for quarters in _stretch(_EXPERT_QUARTERS[config.pattern], depth))
 
 
 def _stretch(table: tuple, depth: int) -> tuple:

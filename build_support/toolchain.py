@@ -64,9 +64,7 @@ def find_cuda(torch_cuda: str | None, site_packages: Path, env) -> CudaToolchain
     nvcc = find_nvcc(env)
     if nvcc is None:
         if wanted == "1":
-            raise ToolchainError(
-                "alore_ext: ALORE_CUDA=1, but no nvcc was found: set CUDA_HOME or put nvcc on PATH."
-            )
+            raise ToolchainError("alore_ext: ALORE_CUDA=1, but no nvcc was found: set CUDA_HOME or put nvcc on PATH.")
         return None
 
     home = toolkit_home(nvcc)
@@ -94,9 +92,7 @@ def find_nvcc(env) -> str | None:
             candidate = Path(env[variable]) / "bin" / "nvcc"
             if candidate.exists():
                 return str(candidate)
-            raise ToolchainError(
-                f"alore_ext: {variable}={env[variable]} has no bin/nvcc. Correct it or unset it."
-            )
+            raise ToolchainError(f"alore_ext: {variable}={env[variable]} has no bin/nvcc. Correct it or unset it.")
     found = shutil.which("nvcc", path=env.get("PATH"))
     if found is None and Path("/usr/local/cuda/bin/nvcc").exists():
         found = "/usr/local/cuda/bin/nvcc"
@@ -146,9 +142,7 @@ def arch_list(env) -> str:
 
 def announce(cuda: CudaToolchain | None, torch, env) -> None:
     if cuda is not None:
-        print(
-            f"alore_ext: CUDA {cuda.version} from {cuda.home}, archs {arch_list(env)}, torch {torch.__version__}"
-        )
+        print(f"alore_ext: CUDA {cuda.version} from {cuda.home}, archs {arch_list(env)}, torch {torch.__version__}")
         return
     if env.get("ALORE_CUDA") == "0":
         reason = "ALORE_CUDA=0"

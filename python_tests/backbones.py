@@ -54,9 +54,7 @@ BACKBONES = {
     if "qkv_bias_separate" in Eva.__init__.__code__.co_varnames
     else None,
     "beit": partial(_timm, "beit_base_patch16_224"),
-    "beit_swiglu": partial(
-        Beit, patch_size=8, swiglu_mlp=True, scale_mlp=True, use_shared_rel_pos_bias=True, **_TINY
-    ),
+    "beit_swiglu": partial(Beit, patch_size=8, swiglu_mlp=True, scale_mlp=True, use_shared_rel_pos_bias=True, **_TINY),
 }
 BACKBONES = {name: make for name, make in BACKBONES.items() if make is not None}
 
@@ -70,9 +68,7 @@ def randomise_(model: nn.Module) -> nn.Module:
     """
     for name, parameter in model.named_parameters():
         is_gain = parameter.ndim == 1 and "bias" not in name
-        parameter.normal_(
-            1.0 if is_gain else 0.0, 0.2 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5
-        )
+        parameter.normal_(1.0 if is_gain else 0.0, 0.2 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5)
     for name, buffer in model.named_buffers():
         if name.endswith("k_bias"):
             buffer.normal_(0.0, 0.2)

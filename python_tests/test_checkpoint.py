@@ -139,9 +139,7 @@ def test_a_head_without_classes_can_come_later(tmp_path):
     model.reset_classifier(0)
     ae.patch(model, ae.AloreConfig())
     model.reset_classifier(6)
-    assert {"head.weight", "head.bias"} <= load_file(
-        ae.save_adapter(model, tmp_path / "a.safetensors")
-    ).keys()
+    assert {"head.weight", "head.bias"} <= load_file(ae.save_adapter(model, tmp_path / "a.safetensors")).keys()
 
 
 @pytest.mark.parametrize("saved", [torch.float32, torch.bfloat16])
@@ -163,9 +161,7 @@ def test_loading_on_a_patched_model(tmp_path, device):
     other = ae.patch(base(device=device), METHODS["alore"])
     identities = {name: id(p) for name, p in other.named_parameters()}
     ae.load_adapter(other, path)
-    assert {
-        name: id(p) for name, p in other.named_parameters()
-    } == identities  # an optimizer still holds them
+    assert {name: id(p) for name, p in other.named_parameters()} == identities  # an optimizer still holds them
     x = images(device)
     with torch.no_grad():
         assert torch.equal(other(x), model(x))

@@ -76,9 +76,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("cls", "fields", "error", "text"), BAD, ids=[f"{c.__name__}-{f}" for c, f, *_ in BAD]
-)
+@pytest.mark.parametrize(("cls", "fields", "error", "text"), BAD, ids=[f"{c.__name__}-{f}" for c, f, *_ in BAD])
 def test_bad_fields_are_named(cls, fields, error, text):
     with pytest.raises(error, match=f"^{cls.__name__}: {text}"):
         cls(**fields)

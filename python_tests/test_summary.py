@@ -50,9 +50,7 @@ def test_vit_b(vit_b, config, count):
         ae.unpatch(vit_b)
 
 
-@pytest.mark.parametrize(
-    ("name", "count"), [("vit_large_patch16_224", 393_280), ("vit_huge_patch14_224", 655_424)]
-)
+@pytest.mark.parametrize(("name", "count"), [("vit_large_patch16_224", 393_280), ("vit_huge_patch14_224", 655_424)])
 def test_larger(name, count):
     assert adapters(name, ae.AloreConfig()) == count
 
@@ -61,9 +59,7 @@ def test_roles_add_up():
     model = build("vit")
     plain = ae.trainable_summary(model)
     assert plain.adapter == plain.head == 0 and plain.total == plain.trainable == plain.base
-    ae.patch(
-        model, [ae.AloreConfig(locations=("before_ffn", "after_ffn")), ae.MlaeConfig(targets=("qkv", "proj"))]
-    )
+    ae.patch(model, [ae.AloreConfig(locations=("before_ffn", "after_ffn")), ae.MlaeConfig(targets=("qkv", "proj"))])
     summary = ae.trainable_summary(model)
     factors = 2 * 4 * 32 * 3
     assert summary.by_role == {

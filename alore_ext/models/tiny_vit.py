@@ -51,9 +51,7 @@ def tiny_vit(pretrained: bool = True, num_classes: int = 10, **kwargs: Any) -> V
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != "timm":
             raise  # timm is there but broken: its own message is the useful one
-        raise ModuleNotFoundError(
-            "tiny_vit needs timm: pip install 'alore_ext[timm]'", name="timm"
-        ) from error
+        raise ModuleNotFoundError("tiny_vit needs timm: pip install 'alore_ext[timm]'", name="timm") from error
 
     metadata = tiny_vit_metadata()
     model = VisionTransformer(**{**metadata["architecture"], **kwargs, "num_classes": num_classes})

@@ -72,11 +72,7 @@ def detach(module: Adapter) -> dict[str, nn.Parameter]:
     Returns the parameters taken off.
     """
     adapter, base = module.adapter_bases
-    taken = {
-        name: module._parameters.pop(name)
-        for name in adapter.adapter_parameters
-        if name in module._parameters
-    }
+    taken = {name: module._parameters.pop(name) for name in adapter.adapter_parameters if name in module._parameters}
     for name in adapter.adapter_attributes:
         module.__dict__.pop(name, None)
     module.__class__ = base

@@ -55,9 +55,7 @@ class AloreLayerNorm(_AloreAdapter):
 class _AloreBehind(_AloreAdapter):
     def forward(self, x: Tensor) -> Tensor:
         """alore(layer(x)), on the last dimension of the layer's output."""
-        return ops.alore(
-            super().forward(x), self._scale(), self.down, self.up, self._alore_dropout, self.training
-        )
+        return ops.alore(super().forward(x), self._scale(), self.down, self.up, self._alore_dropout, self.training)
 
 
 class AloreNorm(_AloreBehind):

@@ -36,9 +36,7 @@ def kron_linear(x: Tensor, scale: Tensor, down: Tensor, up: Tensor) -> Tensor:
     return torch.ops.alore_ext.kron_linear(x, scale, down, up)
 
 
-def alore(
-    x: Tensor, scale: Tensor, down: Tensor, up: Tensor, dropout_p: float = 0.0, training: bool = True
-) -> Tensor:
+def alore(x: Tensor, scale: Tensor, down: Tensor, up: Tensor, dropout_p: float = 0.0, training: bool = True) -> Tensor:
     """``x + dropout(kron_linear(x))``, the ALoRE module.
 
     Args:

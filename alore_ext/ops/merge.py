@@ -4,9 +4,7 @@ import torch
 from torch import Tensor
 
 
-def merge_kron_(
-    weight: Tensor, bias: Tensor | None, scale: Tensor, down: Tensor, up: Tensor, side: str
-) -> None:
+def merge_kron_(weight: Tensor, bias: Tensor | None, scale: Tensor, down: Tensor, up: Tensor, side: str) -> None:
     """Folds an ALoRE adapter into a linear layer, in place.
 
     With W' as in :func:`alore_ext.ops.kron_linear`:

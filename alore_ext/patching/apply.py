@@ -76,9 +76,7 @@ def restore_requires_grad(model: nn.Module, state: PatchState) -> None:
             parameter.requires_grad_(state.requires_grad[name])
 
 
-def patch(
-    model: nn.Module, config: Config | Iterable[Config], head: str | Iterable[str] | None = None
-) -> nn.Module:
+def patch(model: nn.Module, config: Config | Iterable[Config], head: str | Iterable[str] | None = None) -> nn.Module:
     """Put adapters on a backbone, in place, and freeze everything but them and the classifier head.
 
     The layers keep their names, parameters and identity. At the start the model computes what it computed

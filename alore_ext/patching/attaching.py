@@ -21,9 +21,7 @@ def undo_on_error() -> Iterator[OnError]:
         undo.pop_all()
 
 
-def attach_all(
-    model: nn.Module, records: Iterable[AdapterRecord], parameters: Mapping[str, nn.Parameter]
-) -> None:
+def attach_all(model: nn.Module, records: Iterable[AdapterRecord], parameters: Mapping[str, nn.Parameter]) -> None:
     """Put every adapter on its layer. `parameters` are by full name."""
     with undo_on_error() as on_error:
         if SHARED_SCALE in parameters:

@@ -44,9 +44,7 @@ class BlockFlow:
         try:
             self._graph = tracer.trace(_Probe(block))
         except Exception as error:  # whatever a foreign forward does with symbolic values
-            raise DataflowError(
-                f"has a forward that cannot be traced ({type(error).__name__}: {error})"
-            ) from error
+            raise DataflowError(f"has a forward that cannot be traced ({type(error).__name__}: {error})") from error
         self._inputs = tracer.container_inputs
 
     def input_of(self, module: str) -> fx.Node:
@@ -81,9 +79,7 @@ class BlockFlow:
     def weight_uses(self, linear: str) -> int:
         """How often the forward uses this linear's weight, by calling the module or reading the weight."""
         reads = [
-            node
-            for node in self._graph.nodes
-            if node.op == "get_attr" and node.target == f"{_ROOT}.{linear}.weight"
+            node for node in self._graph.nodes if node.op == "get_attr" and node.target == f"{_ROOT}.{linear}.weight"
         ]
         return len(self._calls(linear)) + sum(len(node.users) for node in reads)
 

@@ -26,9 +26,7 @@ def find_head_names(
     for layer in adapted:
         for name in names:
             if f"{layer}.".startswith(f"{name}."):
-                raise ValueError(
-                    f"patch: head {name!r} contains the adapted layer {layer}; expected a classifier"
-                )
+                raise ValueError(f"patch: head {name!r} contains the adapted layer {layer}; expected a classifier")
     return names
 
 
@@ -40,9 +38,7 @@ def _given_names(model: nn.Module, head: str | Iterable[str]) -> tuple[str, ...]
             raise TypeError(f"patch: head must be a module's name or several, got {name!r}")
         if name not in known or name == "":
             children = ", ".join(child for child, _ in model.named_children())
-            raise ValueError(
-                f"patch: head {name!r} is no module of {type(model).__name__}; its children: {children}"
-            )
+            raise ValueError(f"patch: head {name!r} is no module of {type(model).__name__}; its children: {children}")
     return tuple(dict.fromkeys(names))
 
 

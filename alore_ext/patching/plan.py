@@ -57,9 +57,7 @@ def make_plan(
     _check_model(model)
     configs = _as_configs(configs)
     structure = find_structure(model, family)
-    records = [
-        record for index, config in enumerate(configs) for record in _records(model, structure, config, index)
-    ]
+    records = [record for index, config in enumerate(configs) for record in _records(model, structure, config, index)]
     _check_collisions(records)
     _check_shared_scale(configs)
     _check_layers(model, records)
@@ -126,8 +124,7 @@ def _alore_record(
 ) -> AloreRecord:
     if site.width % config.num_experts:
         raise ValueError(
-            f"AloreConfig: num_experts must divide the width of {site.module}, {site.width}, "
-            f"got {config.num_experts}"
+            f"AloreConfig: num_experts must divide the width of {site.module}, {site.width}, got {config.num_experts}"
         )
     layer = model.get_submodule(site.module)
     if site.side == "after":
@@ -202,9 +199,7 @@ def _describe(record: AdapterRecord) -> str:
 
 
 def _check_shared_scale(configs: Sequence[Config]) -> None:
-    experts = {
-        config.num_experts for config in configs if isinstance(config, AloreConfig) and config.share_scale
-    }
+    experts = {config.num_experts for config in configs if isinstance(config, AloreConfig) and config.share_scale}
     if len(experts) > 1:
         raise ValueError(
             f"patch: a model has one set of shared scale matrices, but the configs ask for num_experts "
@@ -233,14 +228,10 @@ def _check_layers(model: nn.Module, records: Sequence[AdapterRecord]) -> None:
 
 def _check_linear(name: str, linear: nn.Linear) -> None:
     if type(linear).forward is not nn.Linear.forward or "forward" in linear.__dict__:
-        raise ValueError(
-            f"patch: {name} must be an nn.Linear, got a {type(linear).__name__} with its own forward"
-        )
+        raise ValueError(f"patch: {name} must be an nn.Linear, got a {type(linear).__name__} with its own forward")
     weight = linear._parameters.get("weight")
     if weight is None:
-        raise ValueError(
-            f"patch: {name} must store its weight, but computes it (weight norm, parametrization)"
-        )
+        raise ValueError(f"patch: {name} must store its weight, but computes it (weight norm, parametrization)")
     if weight.dtype not in _WEIGHT_DTYPES:
         raise ValueError(f"patch: the weight of {name} must be one of {_WEIGHT_DTYPES}, got {weight.dtype}")
 

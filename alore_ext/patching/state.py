@@ -42,9 +42,7 @@ class PatchState:
     def adapter_names(self) -> list[str]:
         """Full names of all adapter parameters, the shared scale first."""
         shared = [SHARED_SCALE] if any(record.shares_scale for record in self.records) else []
-        return shared + [
-            f"{record.module}.{name}" for record in self.records for name in record.parameter_shapes()
-        ]
+        return shared + [f"{record.module}.{name}" for record in self.records for name in record.parameter_shapes()]
 
     def is_head(self, name: str) -> bool:
         """Whether a parameter or buffer belongs to the classifier."""

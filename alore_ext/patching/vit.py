@@ -45,9 +45,7 @@ class VitFamily:
         lists = [name for name, module in model.named_modules() if _is_block_list(module)]
         if len(lists) != 1:
             found = f"{len(lists)}: {', '.join(lists)}" if lists else "none"
-            raise NotThisFamily(
-                f"expected one list of blocks with {', '.join(_BLOCK_CHILDREN)}, found {found}"
-            )
+            raise NotThisFamily(f"expected one list of blocks with {', '.join(_BLOCK_CHILDREN)}, found {found}")
         blocks = model.get_submodule(lists[0])
         prefix = f"{lists[0]}." if lists[0] else ""
         sites = tuple(_block_sites(prefix + name, block) for name, block in blocks.named_children())
@@ -104,31 +102,23 @@ class _BlockReader:
         """The site at `norm`, where all that it feeds is linears that take nothing else."""
         value = self.flow.input_of(inner)
         if self.flow.producer(value) != norm:
-            raise DataflowError(
-                f"does not feed {norm} into its {inner}: only pre-norm blocks can be adapted there"
-            )
+            raise DataflowError(f"does not feed {norm} into its {inner}: only pre-norm blocks can be adapted there")
         if not self.flow.is_called_once(norm):
             raise DataflowError(f"calls its {norm} more than once")
         if others := self.flow.other_consumers(value):
-            raise DataflowError(
-                f"feeds its {norm} into {', '.join(others)}: no linear map can be merged into that"
-            )
+            raise DataflowError(f"feeds its {norm} into {', '.join(others)}: no linear map can be merged into that")
         linears = tuple(dict.fromkeys(consumer.linear for consumer in self.flow.linear_consumers(value)))
         for linear in linears:
             if self.flow.weight_uses(linear) != 1:
                 raise DataflowError(f"uses {linear} on more than the output of {norm}")
         widths = {self.block.get_submodule(linear).in_features for linear in linears}
         if len(widths) != 1:
-            raise DataflowError(
-                f"feeds its {norm} into no linear, or into linears of several widths {sorted(widths)}"
-            )
+            raise DataflowError(f"feeds its {norm} into no linear, or into linears of several widths {sorted(widths)}")
         return AloreSite(self._full(norm), "before", tuple(map(self._full, linears)), widths.pop())
 
     def after(self, last: str) -> AloreSite:
         """The site at the linear `last`."""
-        return AloreSite(
-            self._full(last), "after", (self._full(last),), self._called_linear(last).out_features
-        )
+        return AloreSite(self._full(last), "after", (self._full(last),), self._called_linear(last).out_features)
 
     def inputs(self, inner: str) -> tuple[MlaeSite, ...]:
         """The linears inside `inner` that take its input: qkv, or q, k and v; fc1, or SwiGLU's two."""
@@ -166,9 +156,7 @@ class _BlockReader:
             return MlaeSite(self._full(linear))
         is_joint = linear == "attn.qkv" and self.flow.joint_bias_parts(consumer) == _JOINT_BIAS
         if not is_joint or not _calls_qkv_without_q_bias(self.block):
-            raise DataflowError(
-                f"goes around {linear}: it reads the weight in a way that no adapter can follow"
-            )
+            raise DataflowError(f"goes around {linear}: it reads the weight in a way that no adapter can follow")
         return MlaeSite(self._full(linear), bias_owner=self._full("attn"))
 
     def _full(self, name: str) -> str:

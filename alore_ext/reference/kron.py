@@ -35,9 +35,7 @@ def kron_linear(x: Tensor, scale: Tensor, down: Tensor, up: Tensor) -> Tensor:
     return y.flatten(-2).to(x.dtype)
 
 
-def alore(
-    x: Tensor, scale: Tensor, down: Tensor, up: Tensor, dropout_p: float = 0.0, training: bool = True
-) -> Tensor:
+def alore(x: Tensor, scale: Tensor, down: Tensor, up: Tensor, dropout_p: float = 0.0, training: bool = True) -> Tensor:
     """x + dropout(x @ W'), shapes as in `kron_linear` with square `scale` and p_in = p_out."""
     dtype = compute_dtype(x, scale, down, up)
     branch = kron_linear(x.to(dtype), scale, down, up)
@@ -68,9 +66,7 @@ def kron_weight(scale: Tensor, down: Tensor, up: Tensor) -> Tensor:
     return dense.flatten(2, 3).flatten(0, 1)
 
 
-def merge_kron_(
-    weight: Tensor, bias: Tensor | None, scale: Tensor, down: Tensor, up: Tensor, side: str
-) -> None:
+def merge_kron_(weight: Tensor, bias: Tensor | None, scale: Tensor, down: Tensor, up: Tensor, side: str) -> None:
     """Fold `x -> x (I + W')` into a linear layer that stands after it ("before") or before it ("after"), in
     place.
 

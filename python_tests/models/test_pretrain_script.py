@@ -73,9 +73,7 @@ def test_color_jitter_stays_in_range_and_can_be_off(script, images):
 def test_mix_weights_are_the_shares_of_the_pixels(script):
     rng = random.Random(0)
     labels = torch.arange(50)
-    ones_hot = torch.eye(50)[:, :, None, None].expand(
-        50, 50, 32, 32
-    )  # image i is 1 in channel i, 0 elsewhere
+    ones_hot = torch.eye(50)[:, :, None, None].expand(50, 50, 32, 32)  # image i is 1 in channel i, 0 elsewhere
     weights = []
     for _ in range(8):
         x, partners, lam = script.mix(ones_hot, labels, 1.0, rng)

@@ -13,9 +13,7 @@ from safetensors.torch import load_file
 from alore_ext.models import tiny_vit, tiny_vit_metadata
 
 pytest.importorskip("timm")
-module = importlib.import_module(
-    "alore_ext.models.tiny_vit"
-)  # the package's attribute of that name is the function
+module = importlib.import_module("alore_ext.models.tiny_vit")  # the package's attribute of that name is the function
 
 
 @pytest.fixture(scope="module")
@@ -94,9 +92,7 @@ def test_other_arguments_reach_timm_and_the_model_copies():
     assert copy.deepcopy(model).pretrained_cfg == model.pretrained_cfg
 
 
-@pytest.mark.parametrize(
-    "kwargs, name", [({"depth": 1}, "blocks.1."), ({"qk_norm": True}, "blocks.0.attn.k_norm")]
-)
+@pytest.mark.parametrize("kwargs, name", [({"depth": 1}, "blocks.1."), ({"qk_norm": True}, "blocks.0.attn.k_norm")])
 def test_architecture_that_the_weights_do_not_fit_is_refused(kwargs, name):
     with pytest.raises(ValueError, match=f"first at {name}.*pretrained=False"):
         tiny_vit(**kwargs)

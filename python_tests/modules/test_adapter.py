@@ -88,9 +88,7 @@ def test_adapted_class_is_one_per_pair():
     assert type(layers[0]).__name__ == "AloreLinear"
 
 
-@pytest.mark.parametrize(
-    "copier", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]
-)
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
 def test_copies_are_adapted_and_apart(copier):
     layer = nn.Linear(6, 8)
     attach(layer.eval(), AloreLinear, alore_parameters(8), own_scale())
@@ -140,9 +138,7 @@ def test_mlae_masks_whole_experts_for_the_whole_batch(device):
     for _ in range(40):
         branch = layer(x) - base
         # Each step's branch is 1/(1-p) times the sum over some subset of the experts: find the subset.
-        subsets = [
-            mask for mask in range(16) if torch.allclose(branch, _subset(parts, mask) / 0.5, atol=1e-4)
-        ]
+        subsets = [mask for mask in range(16) if torch.allclose(branch, _subset(parts, mask) / 0.5, atol=1e-4)]
         assert len(subsets) == 1
         masks.update(subsets)
     assert len(masks) > 6  # drawn anew at each step
@@ -156,9 +152,7 @@ def _subset(parts, mask):
 def test_mlae_has_no_mask_at_inference(device):
     layer = mlae_layer().to(device).eval()
     x = torch.randn(5, 6, device=device)
-    expected = reference.masked_lora_linear(
-        x, layer.weight, layer.bias, layer.lora_a, layer.lora_b, layer.coeff
-    )
+    expected = reference.masked_lora_linear(x, layer.weight, layer.bias, layer.lora_a, layer.lora_b, layer.coeff)
     torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-5)
 
 

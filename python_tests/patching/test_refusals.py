@@ -46,9 +46,7 @@ def test_configs_that_do_not_fit(config, text):
     refused(build("vit"), config, text)
 
 
-@pytest.mark.parametrize(
-    "config", [None, "alore", {"num_experts": 4}, [ae.AloreConfig(), None], ae.AloreConfig]
-)
+@pytest.mark.parametrize("config", [None, "alore", {"num_experts": 4}, [ae.AloreConfig(), None], ae.AloreConfig])
 def test_what_is_no_config(config):
     refused(build("vit"), config, "config must be an AloreConfig, a MlaeConfig, or a list of them", TypeError)
 
@@ -97,9 +95,7 @@ def test_no_known_family():
 )
 def test_post_norm_blocks(model):
     """They have norm1, attn, norm2 and mlp as well; only their data flow tells."""
-    refused(
-        model, ae.AloreConfig(), r"before_attn is not possible: blocks.0 does not feed norm1 into its attn"
-    )
+    refused(model, ae.AloreConfig(), r"before_attn is not possible: blocks.0 does not feed norm1 into its attn")
     refused(model, ae.AloreConfig(locations=("before_ffn",)), "blocks.0 does not feed norm2 into its mlp")
 
 
@@ -252,9 +248,7 @@ def test_failure_while_freezing_is_undone(monkeypatch):
     refused(build("vit"), ae.AloreConfig(), "broken", RuntimeError)
 
 
-@pytest.mark.parametrize(
-    "call", [ae.unpatch, ae.merge_, ae.unmerge_, ae.merge_and_unload, ae.adapter_state_dict]
-)
+@pytest.mark.parametrize("call", [ae.unpatch, ae.merge_, ae.unmerge_, ae.merge_and_unload, ae.adapter_state_dict])
 def test_calls_on_a_plain_model(call):
     model = build("vit")
     before = snapshot(model)

@@ -116,9 +116,7 @@ def test_copies_stand_alone(name, config, merged, copier, device):
         assert torch.equal(twin(x), unmerged)
         for parameter in (p for n, p in twin.named_parameters() if n == "alore_scale" or n.endswith("coeff")):
             parameter.zero_()
-        assert (
-            relative_error(twin(x), build_again(name, device)(x)) < 1e-5
-        )  # its own scale, not the first model's
+        assert relative_error(twin(x), build_again(name, device)(x)) < 1e-5  # its own scale, not the first model's
     ae.unpatch(twin)
 
 

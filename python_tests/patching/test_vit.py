@@ -78,9 +78,7 @@ def test_life_of_an_adapter(name, config, device):
         assert relative_error(unmerged, expected) > 1e-3
         ae.merge_(model)
         assert list(model.state_dict()) == list(plain["tensors"])
-        assert {k: type(m) for k, m in model.named_modules()} == {
-            k: t for k, (_, t) in plain["modules"].items()
-        }
+        assert {k: type(m) for k, m in model.named_modules()} == {k: t for k, (_, t) in plain["modules"].items()}
         assert relative_error(model(x), unmerged) < 1e-12
         ae.unmerge_(model)
         assert [name for name, _ in model.named_parameters()] == names_at_start
@@ -172,9 +170,7 @@ def test_attentions_that_go_around_qkv(name, device):
     assert {"blocks.0.attn.q_bias", "blocks.0.attn.v_bias"} <= set(model.state_dict())
     with torch.no_grad():
         before = model(x)
-        attention._buffers["k_bias"].add_(
-            1.0
-        )  # the scores of a query all move alike: softmax does not see it
+        attention._buffers["k_bias"].add_(1.0)  # the scores of a query all move alike: softmax does not see it
         attention._parameters["q_bias"].add_(1.0)
         assert relative_error(model(x), before) > 1e-4
     ae.unpatch(model)
@@ -187,9 +183,7 @@ def test_norm_classes():
     model = ae.patch(build("vit"), ae.AloreConfig())
     assert isinstance(model.blocks[0].norm1, AloreLayerNorm) and isinstance(model.blocks[0].norm1, LayerNorm)
     model = ae.patch(build("vit_gated_rmsnorm"), ae.AloreConfig())
-    assert isinstance(model.blocks[0].norm1, AloreNorm) and not isinstance(
-        model.blocks[0].norm1, AloreLayerNorm
-    )
+    assert isinstance(model.blocks[0].norm1, AloreNorm) and not isinstance(model.blocks[0].norm1, AloreLayerNorm)
 
 
 @pytest.mark.parametrize("name", ["vit", "eva02_base", "beit"])
