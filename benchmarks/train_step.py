@@ -10,6 +10,7 @@ import argparse
 import copy
 import gc
 import json
+import os
 import statistics
 import subprocess
 import time
@@ -153,10 +154,15 @@ def measure(name, base, images, labels, mode, seconds):
 
 
 def commit():
+    """The checkout's commit; a copy without .git is told it by ALORE_COMMIT."""
+    told = os.environ.get("ALORE_COMMIT")
+    if told:
+        return told
     try:
-        return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    except OSError:
-        return ""
+        run = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return run.stdout.strip()
 
 
 def plot(rows, path):
@@ -192,7 +198,7 @@ def main():
 
     device = torch.device(args.device)
     machine = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{args.model} {args.dtype} on {machine}, torch {torch.__version__}, commit {commit() or 'unknown'}")
+    print(f"{args.model} {args.dtype} on {machine}, torch {torch.__version__}, commit {commit()}")
     torch.manual_seed(0)
     base = timm.create_model(args.model, num_classes=100).to(device, DTYPES[args.dtype])
     size = base.patch_embed.img_size
