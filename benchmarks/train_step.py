@@ -32,16 +32,14 @@ class EinsumAlore(nn.Module):
         super().__init__()
         n, dim = scale.shape[0], norm.weight.numel()
         self.norm, self.scale = norm, scale
-        self.down = nn.Parameter(torch.randn(n, dim // n, rank, device=scale.device) * 0.05)
-        self.up = nn.Parameter(torch.zeros(n, rank, dim // n, device=scale.device))
+        self.down = nn.Parameter(torch.randn(n, dim // n, rank, device=scale.device, dtype=scale.dtype) * 0.05)
+        self.up = nn.Parameter(torch.zeros(n, rank, dim // n, device=scale.device, dtype=scale.dtype))
 
     def forward(self, x):
         x = self.norm(x)
-        blocks = x.unflatten(-1, (self.scale.shape[0], -1))
-        scale, down, up = (t.to(x.dtype) for t in (self.scale, self.down, self.up))
-        code = torch.einsum("...ak,ikr->...air", blocks, down)
-        mixed = torch.einsum("...air,iab->...bir", code, scale)
-        return x + torch.einsum("...bir,irp->...bp", mixed, up).flatten(-2)
+        code = torch.einsum("...ak,ikr->...air", x.unflatten(-1, (self.scale.shape[0], -1)), self.down)
+        mixed = torch.einsum("...air,iab->...bir", code, self.scale)
+        return x + torch.einsum("...bir,irp->...bp", mixed, self.up).flatten(-2)
 
 
 def freeze(model):
@@ -58,8 +56,8 @@ def floor(model):
 
 def alore_einsum(model):
     freeze(model)
-    device = next(model.parameters()).device
-    model.alore_scale = nn.Parameter(torch.randn(4, 4, 4, device=device) / 2)
+    like = next(model.parameters())
+    model.alore_scale = nn.Parameter(torch.randn(4, 4, 4, device=like.device, dtype=like.dtype) / 2)
     for block in model.blocks:
         block.norm1 = EinsumAlore(block.norm1, model.alore_scale, rank=4)
         block.norm2 = EinsumAlore(block.norm2, model.alore_scale, rank=4)
@@ -67,11 +65,13 @@ def alore_einsum(model):
 
 
 def peft(config_name, **options):
+    """PEFT with its adapters in the model's own dtype: upcast ones, its default, are slower."""
+
     def build(model):
         import peft as library
 
-        wrapped = library.get_peft_model(model, getattr(library, config_name)(modules_to_save=["head"], **options))
-        return wrapped
+        config = getattr(library, config_name)(modules_to_save=["head"], **options)
+        return library.get_peft_model(model, config, autocast_adapter_dtype=False)
 
     return build
 
