@@ -22,17 +22,19 @@ def add_parser(commands) -> argparse.ArgumentParser:
         help="the build, and what an adapter file holds",
         description="Print the build; given an adapter file, its configuration, sizes and base instead.",
     )
-    parser.add_argument("adapter", nargs="?", type=Path, metavar="ADAPTER", help="an adapter file")
+    parser.add_argument("file", nargs="?", type=Path, metavar="ADAPTER", help="an adapter file")
+    parser.add_argument("--adapter", type=Path, metavar="FILE", help="the same, as the other commands take it")
     return parser
 
 
 def run(arguments: argparse.Namespace) -> int:
-    if arguments.adapter is None:
+    path = arguments.adapter or arguments.file
+    if path is None:
         _print_rows(_build_rows())
         return 0
     with usage_errors():
-        file = read_adapter(arguments.adapter)
-    _print_rows(_adapter_rows(arguments.adapter, file))
+        file = read_adapter(path)
+    _print_rows(_adapter_rows(path, file))
     return 0
 
 

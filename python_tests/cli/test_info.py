@@ -2,6 +2,7 @@
 
 import re
 
+import pytest
 from tiny_runs import result_of
 
 import alore_ext
@@ -15,8 +16,9 @@ def test_info_of_the_build(capsys):
         assert name in out and (isinstance(value, list) or str(value) in out)
 
 
-def test_info_of_an_adapter(finished, capsys):
-    assert main(["info", str(finished / "mlae" / "adapter.safetensors")]) == 0
+@pytest.mark.parametrize("option", [(), ("--adapter",)])
+def test_info_of_an_adapter(finished, capsys, option):
+    assert main(["info", *option, str(finished / "mlae" / "adapter.safetensors")]) == 0
     out = capsys.readouterr().out
     assert "mlae: num_experts=8, expert_rank=1, dropout=0.5" in out
     summary = result_of(finished / "mlae")
