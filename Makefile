@@ -9,7 +9,7 @@ JOBS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 
 # One architecture: that of the GPU that is here, else Hopper's (it compiles and links without a GPU).
 ifndef TORCH_CUDA_ARCH_LIST
-TORCH_CUDA_ARCH_LIST := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | sed 's/^9\.0$$/9.0a/')
+TORCH_CUDA_ARCH_LIST := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -Eo '^[0-9]+\.[0-9]+$$' | head -n 1 | sed 's/^9\.0$$/9.0a/')
 ifeq ($(strip $(TORCH_CUDA_ARCH_LIST)),)
 TORCH_CUDA_ARCH_LIST := 9.0a
 endif
@@ -38,7 +38,8 @@ $(VENV)/.tools: $(VENV)/.torch
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.tools $(SOURCES) setup.py pyproject.toml
-	TORCH_CUDA_ARCH_LIST="$(TORCH_CUDA_ARCH_LIST)" MAX_JOBS=$(JOBS) \
+	rm -rf build/lib.*
+	PATH="$(abspath $(BIN)):$$PATH" TORCH_CUDA_ARCH_LIST="$(TORCH_CUDA_ARCH_LIST)" MAX_JOBS=$(JOBS) \
 	  $(BIN)/pip install -q --no-build-isolation --constraint .ci/constraints.txt ".[demo,dev]"
 	$(BIN)/alore-ext info
 	touch $@

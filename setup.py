@@ -55,12 +55,13 @@ def extension():
         sources = [s for s in sources if not s.endswith("_cuda.cpp")]
 
     macros = [("ALORE_VERSION", f'"{VERSION}"'), ("ALORE_TORCH_VERSION", f'"{torch.__version__}"')]
-    cxx = ["-O3", "-std=c++20", "-Wall", "-Wno-unknown-pragmas", "-fopenmp-simd", "-fvisibility=hidden"]
+    openmp = toolchain.openmp_flags(os.environ)
+    cxx = ["-O3", "-std=c++20", "-Wall", "-fvisibility=hidden", *openmp]
     if platform.machine() in ("x86_64", "AMD64"):
         # The token-mixing loops are 8 to 64 floats wide, made for vectors.
         cxx += ["-mavx2", "-mfma"]
     flags = {"cxx": cxx}
-    link, include = toolchain.shared_libstdcxx(os.environ), [str(ROOT / "csrc")]
+    link, include = [*openmp, *toolchain.shared_libstdcxx(os.environ)], [str(ROOT / "csrc")]
     if cuda is not None:
         macros += [
             ("ALORE_WITH_CUDA", None),
@@ -77,6 +78,7 @@ def extension():
         define_macros=macros,
         extra_compile_args=flags,
         extra_link_args=link,
+        depends=sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.is_file()),
         libraries=["c10_cuda", "torch_cuda"] if cuda is not None else [],
     )
 

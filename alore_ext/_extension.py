@@ -1,42 +1,50 @@
 """Loads the compiled library, and turns the ways that fails into one readable line."""
 
 import json
+import platform
+import re
 from pathlib import Path
 
 import torch
 
 _RECORD = Path(__file__).with_name("_build_record.json")
+_REINSTALL = "reinstall it with `pip install --no-build-isolation --force-reinstall --no-deps .`"
 
 
-def _built_for() -> str | None:
-    """The torch that this copy was compiled against, "2.14.1+cu130"; None where no library was ever built here."""
+def _abi(version: str) -> tuple[str, ...]:
+    """What two torches must agree in to share an extension: "2.14.1+cu130" -> 2, 14, cu130."""
+    match = re.match(r"(\d+)\.(\d+)[^+]*(?:\+(.*))?$", version)
+    return match.groups(default="") if match else (version,)
+
+
+def _check_record() -> None:
+    """Compares what the library was built for with what runs, before it is loaded: some mismatches crash instead of
+    failing to load."""
     try:
-        return json.loads(_RECORD.read_text())["torch"]
+        record = json.loads(_RECORD.read_text())
+        torch_then, python_then = record["torch"], record["python"]
     except (OSError, ValueError, KeyError):
-        return None
-
-
-def _explain(error: ImportError) -> ImportError:
-    built_for = _built_for()
-    if built_for is None:
-        return ImportError(
+        raise ImportError(
             "alore_ext: its compiled library is missing. Install the package with `pip install --no-build-isolation .` "
             "from its source folder (importing the source tree itself is not enough)."
+        ) from None
+    if _abi(torch_then) != _abi(torch.__version__):
+        raise ImportError(
+            f"alore_ext was built for torch {torch_then}, but torch {torch.__version__} is installed: {_REINSTALL}"
         )
-    if built_for != torch.__version__:
-        return ImportError(
-            f"alore_ext was built for torch {built_for}, but torch {torch.__version__} is installed: reinstall it with "
-            "`pip install --no-build-isolation --force-reinstall --no-deps .`"
+    if python_then.split(".")[:2] != platform.python_version().split(".")[:2]:
+        raise ImportError(
+            f"alore_ext was built for Python {python_then}, but Python {platform.python_version()} runs: {_REINSTALL}"
         )
-    return ImportError(f"alore_ext: its compiled library does not load: {error}")
 
 
 def load():
     """Imports `alore_ext._C`, which registers the operators. Raises ImportError, one line."""
+    _check_record()
     try:
         from alore_ext import _C
     except ImportError as error:
-        raise _explain(error) from None
+        raise ImportError(f"alore_ext: its compiled library does not load ({error}): {_REINSTALL}") from None
     return _C
 
 

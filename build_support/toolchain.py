@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -92,7 +93,9 @@ def find_nvcc(env) -> str | None:
             candidate = Path(env[variable]) / "bin" / "nvcc"
             if candidate.exists():
                 return str(candidate)
-            raise ToolchainError(f"alore_ext: {variable}={env[variable]} has no bin/nvcc. Correct it or unset it.")
+            raise ToolchainError(
+                f"alore_ext: {variable}={env[variable]} has no bin/nvcc. Correct it, unset it, or set ALORE_CUDA=0."
+            )
     found = shutil.which("nvcc", path=env.get("PATH"))
     if found is None and Path("/usr/local/cuda/bin/nvcc").exists():
         found = "/usr/local/cuda/bin/nvcc"
@@ -122,18 +125,35 @@ def pip_cuda_folder(site_packages: Path, major: str) -> Path | None:
     return folder if folder.is_dir() else None
 
 
+def cxx_compiler(env) -> str:
+    return (env.get("CXX") or shutil.which("c++") or "g++").split()[0]
+
+
+def openmp_flags(env) -> list[str]:
+    """-fopenmp, without which at::parallel_for compiles to a plain loop; its vector part where there is no libgomp."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "probe.cpp"
+        source.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n")
+        command = [cxx_compiler(env), "-fopenmp", str(source), "-o", str(source.with_suffix(""))]
+        try:
+            probe = subprocess.run(command, capture_output=True, text=True)
+        except OSError as error:
+            raise ToolchainError(f"alore_ext: no C++ compiler ({error}): install g++ or set CXX.") from None
+    if probe.returncode == 0:
+        return ["-fopenmp"]
+    print("alore_ext: this compiler has no OpenMP library, so the CPU kernels will run on one thread")
+    return ["-fopenmp-simd"]
+
+
 def shared_libstdcxx(env) -> list[str]:
     """Names the C++ runtime that torch itself uses, ahead of the compiler's own choice.
 
     Some compiler installations link libstdc++ statically. A library with a private copy of it crashes in the first
     stream that it formats (each error message, that is): the copies number their locale facets differently.
     """
-    compiler = (env.get("CXX") or shutil.which("c++") or "g++").split()[0]
-    try:
-        found = subprocess.run([compiler, "-print-file-name=libstdc++.so.6"], capture_output=True, text=True).stdout
-    except OSError:
-        return []
-    return [found.strip()] if Path(found.strip()).is_absolute() else []
+    command = [cxx_compiler(env), "-print-file-name=libstdc++.so.6"]
+    found = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    return [found] if Path(found).is_absolute() else []
 
 
 def arch_list(env) -> str:

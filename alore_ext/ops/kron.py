@@ -86,7 +86,7 @@ def plan_kron(x: Tensor, scale: Tensor, down: Tensor, up: Tensor, backward: bool
         An object with ``chunk_tokens``, ``num_chunks``, ``scale_grad_blocks`` and ``workspace_bytes``.
     """
     return _C.plan_kron(
-        num_tokens=x.numel() // x.size(-1),
+        num_tokens=x[..., 0].numel(),
         num_experts=scale.size(0),
         s_in=scale.size(1),
         s_out=scale.size(2),

@@ -69,8 +69,13 @@ def make_plan(
 def _check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"patch: expected an nn.Module, got {type(model).__name__}")
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        raise ValueError(f"patch: got a {type(model).__name__}; patch the model inside it before wrapping it")
+    if isinstance(model, nn.DataParallel):
+        raise ValueError(
+            "patch: nn.DataParallel's replicas would reach for the first device's alore_scale; use "
+            "DistributedDataParallel around the patched model"
+        )
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise ValueError("patch: got a DistributedDataParallel; patch the model inside it before wrapping it")
 
 
 def _as_configs(configs: Config | Iterable[Config]) -> tuple[Config, ...]:

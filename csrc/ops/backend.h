@@ -1,9 +1,17 @@
 // What the backends' primitives take and return.
 #pragma once
 
+#include <c10/core/impl/LocalDispatchKeySet.h>
+
 #include "ops/common.h"
 
 namespace alore::ops {
+
+// The ops choose their own precision: an autocast region around backward or a merge must not lower the ATen
+// calls inside.
+struct NoAutocast {
+  c10::impl::ExcludeDispatchKeyGuard guard{c10::autocast_dispatch_keyset};
+};
 
 struct Factors {
   const Tensor& scale;

@@ -10,6 +10,7 @@ namespace alore::ops {
 struct CpuBackend {
   struct Guard {
     explicit Guard(const Tensor&) {}
+    NoAutocast no_autocast;
   };
 
   // out = beta * out + x @ W', beta 0 or 1. out may be x where the map is square.

@@ -12,6 +12,7 @@ struct CudaBackend {
   struct Guard {
     explicit Guard(const Tensor& t) : device(t.device()) {}
     c10::cuda::CUDAGuard device;
+    NoAutocast no_autocast;
   };
 
   static void kron_forward(const Tensor& x, Factors f, double beta, const Tensor& out);

@@ -60,8 +60,8 @@ void check_optional_vector(const char* op, const char* name, const OptTensor& v,
 
 void check_lora_factors(const char* op, const Tensor& weight, const Tensor& lora_a, const Tensor& lora_b,
                         const Tensor& coeff) {
-  TORCH_CHECK(weight.dim() == 2 && weight.sym_size(1) > 0, op,
-              ": weight must be [out_features, in_features] with in_features > 0, got ", weight.sym_sizes());
+  TORCH_CHECK(weight.dim() == 2 && weight.sym_size(0) > 0 && weight.sym_size(1) > 0, op,
+              ": weight must be [out_features, in_features] with no empty axis, got ", weight.sym_sizes());
   TORCH_CHECK(lora_a.dim() == 2 && lora_a.sym_size(1) == weight.sym_size(1) && lora_a.sym_size(0) > 0, op,
               ": lora_a must be [R, in_features]=[R, ", weight.sym_size(1), "] with R > 0, got ",
               lora_a.sym_sizes());

@@ -23,6 +23,7 @@ void merge_kron_(const Tensor& weight, const OptTensor& bias, const Tensor& scal
                  const Tensor& up, std::string_view side) {
   check_merge_kron(weight, bias, scale, down, up, side);
   const at::NoTF32Guard exact;
+  const NoAutocast no_autocast;
   const auto acc = merge_type(weight, scale);
   const Tensor w = weight.to(acc), s = scale.to(acc), d = down.to(acc), u = up.to(acc);
   if (side == "before") {
@@ -34,14 +35,16 @@ void merge_kron_(const Tensor& weight, const OptTensor& bias, const Tensor& scal
   const Tensor columns = w.t().contiguous();
   weight.copy_((columns + kron(columns, s, d, u)).t());
   if (bias.has_value() && bias->defined()) {
-    const Tensor b = bias->to(acc);
-    bias->copy_(b + kron(b.unsqueeze(0), s, d, u).squeeze(0));
+    const auto wide = merge_type(*bias, scale);
+    const Tensor b = bias->to(wide);
+    bias->copy_(b + kron(b.unsqueeze(0), scale.to(wide), down.to(wide), up.to(wide)).squeeze(0));
   }
 }
 
 void merge_lora_(const Tensor& weight, const Tensor& lora_a, const Tensor& lora_b, const Tensor& coeff) {
   check_merge_lora(weight, lora_a, lora_b, coeff);
   const at::NoTF32Guard exact;
+  const NoAutocast no_autocast;
   const auto acc = merge_type(weight, lora_a);
   weight.copy_(at::addmm(weight.to(acc), lora_b.to(acc) * coeff.to(acc), lora_a.to(acc)));
 }

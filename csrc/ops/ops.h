@@ -129,7 +129,8 @@ Grads6 layer_norm_alore_backward(const Tensor& grad_out, const Tensor& x, const 
   mask[2] = mask[2] && bias.has_value() && bias->defined();
   const typename Backend::Guard guard(x);
   const Tensor flat = flatten_tokens(x), grad = flatten_tokens(grad_out);
-  const Tensor flat_mean = mean.reshape({flat.size(0)}), flat_rstd = rstd.reshape({flat.size(0)});
+  const Tensor flat_mean = mean.contiguous().view({flat.size(0)}),
+               flat_rstd = rstd.contiguous().view({flat.size(0)});
   const Tensor normed = Backend::layer_norm_recompute(flat, weight, bias, flat_mean, flat_rstd, out_dtype);
   const Tensor branch = branch_gradient<Backend>(grad, seed, dropout_p);
 
