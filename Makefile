@@ -18,6 +18,9 @@ endif
 SOURCES := $(shell find csrc build_support alore_ext -type f -not -name '*.so' -not -name '*.pyc' -not -name '_build_record.json')
 CXX_FILES := $(shell find csrc benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
+# Idle OpenMP threads sleep: spinning ones slow each other down several times over where cores are shared.
+export OMP_WAIT_POLICY ?= passive
+
 .PHONY: demo test install lint format harness clean
 
 demo: install

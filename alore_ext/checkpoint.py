@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ._files import write_atomic
 from .config import Config, config_from_dict
 from .fingerprint import Fingerprint, difference, fingerprint, parse_fingerprint
 from .patching.apply import apply_plan, check_unpatched, empty_parameters
@@ -84,10 +84,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, include_head: bool =
     path = Path(path)
     # Contiguous copies: safetensors refuses views and tensors that share memory (a tied head).
     contents = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        written = os.path.join(folder, "adapter")
-        save_file(contents, written, metadata)
-        os.replace(written, path)
+    write_atomic(path, lambda written: save_file(contents, written, metadata))
     return path
 
 

@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 
 import alore_ext
+from alore_ext._files import write_atomic
 from alore_ext.training.errors import InputError
 from alore_ext.training.report import human_bytes
 from alore_ext.training.session import usage_errors
-from alore_ext.training.state import seed_everything, write_atomic
+from alore_ext.training.state import seed_everything
 
 from .loading import load_model, resolve
 from .options import add_model_options

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from alore_ext._files import write_atomic
+
 from .errors import require
 from .files import LOG_FILE
 from .session import MergeCheck, Result
-from .state import write_atomic
 
 __all__ = ["describe_merge", "human_bytes", "plot", "table"]
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import alore_ext
+from alore_ext._files import write_atomic
 
 from .backbone import BUNDLED, build_backbone, check_input, input_spec
 from .data import Data, load_data
@@ -21,7 +22,7 @@ from .files import ADAPTER_FILE, CONFIG_FILE, MODEL_FILE, RESULT_FILE
 from .loader import InputSpec, make_loader
 from .loop import Evaluation, Precision, Trainer, evaluate
 from .recipe import METHODS, Recipe
-from .state import StopSignals, seed_everything, write_atomic, write_json
+from .state import StopSignals, seed_everything, write_json
 
 __all__ = [
     "ADAPTER_METHODS",

@@ -7,14 +7,14 @@ import math
 import os
 import random
 import signal
-import tempfile
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy
 import torch
 from torch import nn
+
+from alore_ext._files import write_atomic
 
 from .errors import InputError
 
@@ -25,29 +25,10 @@ __all__ = [
     "load_checkpoint",
     "save_checkpoint",
     "seed_everything",
-    "write_atomic",
     "write_json",
 ]
 
 _FORMAT = 1
-
-
-def write_atomic(path: str | os.PathLike, write: Callable[[str], object]) -> None:
-    """Call ``write`` with a temporary file beside ``path``, then rename it: readers see old or new."""
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
-    os.close(handle)
-    try:
-        write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes files that only their owner may read
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def write_json(path: str | os.PathLike, value: object) -> None:

@@ -90,3 +90,30 @@ def test_gradient_scaler_overflow_shows(device):
     with torch.autocast(device.type, torch.float16):
         y = ops.layer_norm_alore(*args.values())
     assert not y.isfinite().all()
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_backward_inside_the_region_is_that_outside(op, device):
+    """Autocast lowers what it finds in a backward, but not what our own backward ops do inside."""
+    args = small_args(op, device, lead=(2, 19), dtype=torch.float32)
+    grad_out = output_like(op, args)
+    inputs = leaves(args)
+    wanted = [value for value in inputs.values() if isinstance(value, torch.Tensor)]
+    y = getattr(ops, op)(*inputs.values())
+    outside = torch.autograd.grad(y, wanted, grad_out, retain_graph=True)
+    with torch.autocast(device.type, torch.bfloat16):
+        inside = torch.autograd.grad(y, wanted, grad_out)
+    assert all(map(torch.equal, inside, outside))
+
+
+@pytest.mark.parametrize("side", ["before", "after"])
+def test_merges_are_not_lowered(side, device):
+    weight, bias = torch.randn(12, 12, device=device), torch.randn(12, device=device)
+    kron = [torch.randn(shape, device=device) for shape in ((3, 3, 3), (3, 4, 2), (3, 2, 4))]
+    lora = [torch.randn(shape, device=device) for shape in ((5, 12), (12, 5), (5,))]
+    plain, lowered = (weight.clone(), bias.clone()), (weight.clone(), bias.clone())
+    for (w, b), enabled in ((plain, False), (lowered, True)):
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=enabled):
+            ops.merge_kron_(w, b, *kron, side)
+            ops.merge_lora_(w, *lora)
+    assert torch.equal(plain[0], lowered[0]) and torch.equal(plain[1], lowered[1])

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from alore_ext._files import write_atomic
 from alore_ext.training.errors import InputError
 from alore_ext.training.state import (
     Log,
@@ -19,7 +20,6 @@ from alore_ext.training.state import (
     load_checkpoint,
     save_checkpoint,
     seed_everything,
-    write_atomic,
     write_json,
 )
 
