@@ -61,7 +61,7 @@ def extension():
         # The token-mixing loops are 8 to 64 floats wide, made for vectors.
         cxx += ["-mavx2", "-mfma"]
     flags = {"cxx": cxx}
-    link, include = [*openmp, *toolchain.shared_libstdcxx(os.environ)], [str(ROOT / "csrc")]
+    link, include = [*openmp, *toolchain.shared_libstdcxx()], [str(ROOT / "csrc")]
     if cuda is not None:
         macros += [
             ("ALORE_WITH_CUDA", None),

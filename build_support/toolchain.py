@@ -145,15 +145,18 @@ def openmp_flags(env) -> list[str]:
     return ["-fopenmp-simd"]
 
 
-def shared_libstdcxx(env) -> list[str]:
+def shared_libstdcxx() -> list[str]:
     """Names the C++ runtime that torch itself uses, ahead of the compiler's own choice.
 
     Some compiler installations link libstdc++ statically. A library with a private copy of it crashes in the first
     stream that it formats (each error message, that is): the copies number their locale facets differently.
     """
-    command = [cxx_compiler(env), "-print-file-name=libstdc++.so.6"]
-    found = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    return [found] if Path(found).is_absolute() else []
+    try:
+        loaded = Path("/proc/self/maps").read_text()  # torch is imported, so its runtime is mapped
+    except OSError:
+        return []
+    match = re.search(r"(/\S*/libstdc\+\+\.so\.6\S*)$", loaded, re.M)
+    return [match.group(1)] if match else []
 
 
 def arch_list(env) -> str:
