@@ -131,8 +131,12 @@ def output_like(op, args):
     return draw(*like.shape, dtype=like.dtype, device=like.device)
 
 
-def assert_within_budget(got, oracle, eager, what):
-    """error(got) <= 2 * error(eager) + a rounding or so, both in the largest and in the mean square error.
+# Roundings allowed beside eager's error. In float64 the oracle is no more exact than what it judges.
+SLACK = {torch.float64: 4096, torch.float32: 16, torch.bfloat16: 1, torch.float16: 1}
+
+
+def assert_within_budget(got, oracle, eager, what, times=2):
+    """error(got) <= times * error(eager) + a rounding or so, both in the largest and in the mean square error.
 
     Eager's result is first brought to got's dtype: an op that rounds its output may, where eager does not.
     """
@@ -141,19 +145,21 @@ def assert_within_budget(got, oracle, eager, what):
         return
     eager = eager.to(got.dtype)
     assert eager.isfinite().all(), f"{what}: eager overflows, so it sets no budget"
-    slack = torch.finfo(got.dtype).eps * (1 if got.itemsize == 2 else 16)
+    slack = torch.finfo(got.dtype).eps * SLACK[got.dtype]
     for norm in (lambda t: t.abs().max(), lambda t: t.square().mean().sqrt()):
-        error, allowed = norm(got.double() - oracle), 2 * norm(eager.double() - oracle) + slack * norm(oracle)
+        error, allowed = norm(got.double() - oracle), times * norm(eager.double() - oracle) + slack * norm(oracle)
         assert error <= allowed, f"{what}: error {error:.3e}, allowed {allowed:.3e}"
 
 
 def assert_matches_oracle(op, args):
     """Forward and every gradient of one call against float64, with eager's error as the measure.
 
-    Where an argument is a single number, its gradient is one sum: how two implementations' errors in one sum compare
-    is chance, so such calls are judged over several upstream gradients together.
+    Where an argument is a single number, its gradient is one sum, and how two implementations' errors in it compare is
+    partly chance: such calls are judged over several upstream gradients together, and more loosely. (float16 and
+    bfloat16, 150 seeds: the ratio of the errors is 0.6 in the median and 2.3 at worst.)
     """
-    draws = 8 if any(torch.is_tensor(arg) and arg.numel() == 1 for arg in args.values()) else 1
+    single = any(torch.is_tensor(arg) and arg.numel() == 1 for arg in args.values())
+    draws, times = (8, 3) if single else (1, 2)
     results = []
     for _ in range(draws):
         grad_out = output_like(op, args)
@@ -164,10 +170,10 @@ def assert_matches_oracle(op, args):
     def together(pick):
         return [torch.stack([pick(*outcome) for outcome in draw]) for draw in zip(*results, strict=True)]
 
-    assert_within_budget(*together(lambda output, _: output), f"{op} output")
+    assert_within_budget(*together(lambda output, _: output), f"{op} output", times)
     for name, grad in results[0][0][1].items():
         assert grad.dtype == args[name].dtype, name
-        assert_within_budget(*together(lambda _, grads, name=name: grads[name]), f"{op} gradient of {name}")
+        assert_within_budget(*together(lambda _, grads, name=name: grads[name]), f"{op} gradient of {name}", times)
 
 
 def assert_close_to_oracle(op, args, grad_out=None, tolerance=1e-10):

@@ -216,7 +216,7 @@ def test_heads_that_are_none(head, text, error):
 
 
 def test_data_parallel_wrappers():
-    refused(nn.DataParallel(build("vit")), ae.AloreConfig(), "patch the model inside it before wrapping it")
+    refused(nn.DataParallel(build("vit")), ae.AloreConfig(), "use DistributedDataParallel around the patched model")
 
 
 @pytest.mark.parametrize("config", [ae.AloreConfig(), ae.MlaeConfig()], ids=["alore", "mlae"])
