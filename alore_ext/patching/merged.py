@@ -55,10 +55,11 @@ def restore_base_(model: nn.Module, state: PatchState, caller: str) -> None:
             _follow(merged.adapters[f"{record.module}.{name}"], weight)
         if record.shares_scale:
             _follow(merged.adapters["alore_scale"], weight)
-    attach_all(model, state.records, merged.adapters)
+    # Weights first: adapters on top of weights that still hold them would count twice, should a copy fail.
     with torch.no_grad():
         for name, weight in merged.weights.items():
             parameters[name].copy_(weight)
+    attach_all(model, state.records, merged.adapters)
     allow_training(model)
     restore_training(model, merged.training)
     state.merged = None
