@@ -24,7 +24,7 @@ export OMP_WAIT_POLICY ?= passive
 .PHONY: demo test install lint format harness clean
 
 demo: install
-	$(BIN)/alore-ext finetune --overwrite
+	$(BIN)/alore-ext finetune
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal

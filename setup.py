@@ -84,7 +84,7 @@ def extension():
 
 
 class BuildWithRecord(BuildExtension):
-    """Leaves beside the library a note of what it was built for, which `import alore_ext` reads when loading fails."""
+    """Leaves beside the library a note of what it was built for, which `import alore_ext` checks before loading."""
 
     def run(self):
         super().run()

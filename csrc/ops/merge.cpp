@@ -2,18 +2,11 @@
 // the end.
 #include <ATen/Context.h>
 
-#include "ops/common.h"
+#include "ops/dispatch.h"
 #include "ops/ops.h"
 
 namespace alore::ops {
 namespace {
-
-Tensor kron(const Tensor& x, const Tensor& scale, const Tensor& down, const Tensor& up) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("alore_ext::kron_linear", "")
-                             .typed<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&)>();
-  return op.call(x, scale, down, up);
-}
 
 at::ScalarType merge_type(const Tensor& weight, const Tensor& factor) {
   return at::promote_types(accumulate_type(weight.scalar_type()), accumulate_type(factor.scalar_type()));
@@ -28,16 +21,17 @@ void merge_kron_(const Tensor& weight, const OptTensor& bias, const Tensor& scal
   const Tensor w = weight.to(acc), s = scale.to(acc), d = down.to(acc), u = up.to(acc);
   if (side == "before") {
     // W (I + W')^T: a row of W is a token of the transposed map, whose factors are S^T, U^T, D^T.
-    weight.copy_(w + kron(w, s.transpose(1, 2), u.transpose(1, 2), d.transpose(1, 2)));
+    weight.copy_(w + kron_linear_op().call(w, s.transpose(1, 2), u.transpose(1, 2), d.transpose(1, 2)));
     return;
   }
   // (I + W')^T W: a column of W is a token of the map itself, and so is the bias.
   const Tensor columns = w.t().contiguous();
-  weight.copy_((columns + kron(columns, s, d, u)).t());
+  weight.copy_((columns + kron_linear_op().call(columns, s, d, u)).t());
   if (bias.has_value() && bias->defined()) {
     const auto wide = merge_type(*bias, scale);
     const Tensor b = bias->to(wide);
-    bias->copy_(b + kron(b.unsqueeze(0), scale.to(wide), down.to(wide), up.to(wide)).squeeze(0));
+    bias->copy_(b +
+                kron_linear_op().call(b.unsqueeze(0), scale.to(wide), down.to(wide), up.to(wide)).squeeze(0));
   }
 }
 

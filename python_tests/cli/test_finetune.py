@@ -137,7 +137,7 @@ def test_with_no_arguments_it_is_the_demonstration(monkeypatch, tmp_path, capsys
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def test_interrupted_and_resumed_is_the_same_run(finetune, tmp_path, monkeypatch, capsys, method, device):
     if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
+        pytest.skip("needs a CUDA device: benchmarks/device_check.sh runs it on one")
     number = signal.SIGTERM if method == "full" else signal.SIGINT
     options = ("--augment", "crop", "--device", device)
     options += () if method in ("linear", "full") else ("--dropout", "0.3")

@@ -18,7 +18,7 @@ pytest.importorskip("PIL")
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "pretrain_tiny_vit.py"
 if not SCRIPT.is_file():
-    pytest.skip("no benchmarks/ beside the tests", allow_module_level=True)
+    pytest.skip("the script is in benchmarks/ of a checkout, and runs from there", allow_module_level=True)
 
 
 @pytest.fixture(scope="module")
