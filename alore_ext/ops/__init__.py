@@ -5,7 +5,7 @@ float16 activations; low-rank factors have the activations' dtype, or float32 un
 gradients have their own dtype. Shape and dtype errors are `RuntimeError`s that say what was expected and what came.
 """
 
-from .kron import alore, kron_linear, layer_norm_alore, plan_kron
+from .kron import alore, kron_linear, layer_norm_alore, plan_alore, plan_kron
 from .lora import masked_lora_linear
 from .merge import merge_kron_, merge_lora_
 
@@ -16,5 +16,6 @@ __all__ = [
     "masked_lora_linear",
     "merge_kron_",
     "merge_lora_",
+    "plan_alore",
     "plan_kron",
 ]

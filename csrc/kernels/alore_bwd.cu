@@ -1,0 +1,544 @@
+// Backward of the fused ALoRE adapter: grad_out and the kept rows are read once, grad_x is written once, and every
+// block leaves one partial sum of the factors' gradients, which a second launch adds up in order.
+//
+// A block runs through tiles of 16 * row_tiles tokens that cp.async brings into shared memory ahead of time. A tile
+// takes three steps with a barrier after each:
+//   codes     Z = base @ down and dH = dY @ up^T on the tensor cores, and the row sums that the norm's gradient needs
+//   mixing    H and dZ over blocks in fp32, d(scale) summed in registers
+//   outputs   grad_x = norm'(grad_out + dZ @ down^T), d(up) += H^T dY and d(down) += base^T dZ, sums in registers
+// The norm's gradient needs, per row, the means of g = weight * d(base) and of g * n over columns that no single warp
+// has, before any of d(base) exists. The adapter's part of them follows from the codes:
+//   sum_j weight_j (dZ down^T)_j = sum_w dZ_w (weight @ down)_w
+//   sum_j n_j weight_j (dZ down^T)_j = sum_w dZ_w (Z - bias @ down)_w          since base = n * weight + bias
+// so that d(base) is made once, in the last step.
+#include "kernels/alore.h"
+#include "kernels/alore_tile.cuh"
+
+namespace alore::kernels {
+namespace {
+
+template <typename In, typename Out>
+struct BackwardParams {
+  int64_t num_tokens;
+  AdapterDims dims;
+  FactorSource factors;
+  int row_tiles, stages, key_splits, parts;
+  bool norm, add_base;
+  const Out* grad_out;
+  const In *x, *grad_sum;
+  const void *weight, *bias;
+  DType affine;
+  const float *mean, *rstd;
+  const int64_t* seed;
+  double dropout_p;
+  In* grad_x;
+  float* partial;  // [blocks, scale | down | up]
+};
+
+// A piece of a tile's rows: the norm's weight and statistics, or the identity.
+struct RowNorm {
+  float mean, rstd;
+};
+
+__device__ __forceinline__ Eight normalised(Eight x, RowNorm r) {
+#pragma unroll
+  for (int j = 0; j < 8; ++j) x.v[j] = (x.v[j] - r.mean) * r.rstd;
+  return x;
+}
+
+__device__ __forceinline__ Eight affine(Eight n, const Eight& weight, const Eight& bias) {
+#pragma unroll
+  for (int j = 0; j < 8; ++j) n.v[j] = n.v[j] * weight.v[j] + bias.v[j];
+  return n;
+}
+
+template <typename Out>
+__device__ __forceinline__ uint4 dropped(const uint4& grad, const DropoutMask& mask, int64_t element) {
+  const Eight m = mask.at(element);
+  Eight e = unpack8<Out>(grad);
+#pragma unroll
+  for (int j = 0; j < 8; ++j) e.v[j] = m.v[j] > 0 ? e.v[j] * m.v[j] : 0.0f;
+  return pack8<Out>(e);
+}
+
+// Sums over a power-of-two group of neighbouring lanes.
+__device__ __forceinline__ float lanes_sum(float v, int lanes) {
+  for (int offset = lanes / 2; offset > 0; offset /= 2) v += __shfl_xor_sync(0xffffffffu, v, offset);
+  return v;
+}
+
+constexpr int max_threads(int max_blocks) { return max_blocks > 4 ? 256 : 384; }
+
+template <typename In, typename Out, int kBlocks, int kItems>
+__global__ void __launch_bounds__(max_threads(kBlocks), 1)
+    alore_backward_kernel(const __grid_constant__ BackwardParams<In, Out> p) {
+  extern __shared__ __align__(128) unsigned char shared[];
+  constexpr bool kWide = std::is_same_v<In, float>;
+  const AdapterDims& d = p.dims;
+  const BackwardLayout layout(d, blockDim.x, p.row_tiles, p.stages, p.key_splits, p.norm, kWide);
+  const auto at = [&](int offset) { return shared + offset; };
+  auto* down = reinterpret_cast<Out*>(at(layout.down));
+  auto* up = reinterpret_cast<Out*>(at(layout.up));
+  auto* down_out = reinterpret_cast<Out*>(at(layout.down_out));
+  auto* mixing = reinterpret_cast<float*>(at(layout.mixing));
+  auto* weight = reinterpret_cast<float*>(at(layout.weight));
+  auto* bias = reinterpret_cast<float*>(at(layout.bias));
+  auto* down_weight = reinterpret_cast<float*>(at(layout.down_weight));
+  auto* down_bias = reinterpret_cast<float*>(at(layout.down_bias));
+  auto* code = reinterpret_cast<float*>(at(layout.code));
+  auto* grad_mixed = reinterpret_cast<float*>(at(layout.grad_mixed));
+  auto* mixed = reinterpret_cast<Out*>(at(layout.mixed));
+  auto* grad_code = reinterpret_cast<Out*>(at(layout.grad_code));
+  auto* row_sums = reinterpret_cast<float2*>(at(layout.row_sums));
+  auto* row_means = reinterpret_cast<float2*>(at(layout.row_means));
+
+  const int lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
+  const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  const int dim = d.embed_dim(), per_block = d.groups_per_block(), padded = d.padded_width();
+  const int code_tiles = d.code_tiles(), code_stride = d.code_stride(), chunks = per_block * 4;
+  const int image_stride = conflict_free_stride(d.block_dim);
+  const int rows = p.row_tiles * kTileRows, row_blocks = p.row_tiles * d.num_blocks;
+  const int64_t tiles = (p.num_tokens + rows - 1) / rows;
+  const int code_elements = row_blocks * kTileRows * padded;  // of one key split
+
+  // Rows past the end arrive as zeros, gradient included: they add nothing anywhere.
+  const auto load_stage = [&](int64_t tile, int stage) {
+    if (tile < tiles) {
+      unsigned char* to = at(layout.stages + stage * layout.stage_bytes);
+      const int64_t first = tile * rows;
+      constexpr int kXPiece = 16 / sizeof(In);
+      const int x_pieces = dim / kXPiece, grad_pieces = dim / 8;
+      auto* x_to = reinterpret_cast<In*>(to);
+      for (int i = threadIdx.x; i < rows * x_pieces; i += blockDim.x) {
+        const int row = i / x_pieces, column = i % x_pieces * kXPiece;
+        const bool live = first + row < p.num_tokens;
+        copy_async_16(x_to + row * layout.x_stride + column, p.x + (live ? (first + row) * dim + column : 0), live);
+      }
+      auto* grad_to = reinterpret_cast<Out*>(to + layout.grad);
+      for (int i = threadIdx.x; i < rows * grad_pieces; i += blockDim.x) {
+        const int row = i / grad_pieces, column = i % grad_pieces * 8;
+        const bool live = first + row < p.num_tokens;
+        copy_async_16(grad_to + row * layout.grad_stride + column,
+                      p.grad_out + (live ? (first + row) * dim + column : 0), live);
+      }
+      if (p.norm && threadIdx.x < rows) {
+        const bool live = first + threadIdx.x < p.num_tokens;
+        const int64_t from = live ? first + threadIdx.x : 0;
+        copy_async_4(to + layout.mean + threadIdx.x * 4, p.mean + from, live);
+        copy_async_4(to + layout.rstd + threadIdx.x * 4, p.rstd + from, live);
+      }
+    }
+    copy_async_commit();  // an empty group where there is no tile: the count of pending groups stays uniform
+  };
+  for (int s = 0; s < p.stages - 1; ++s) load_stage(blockIdx.x + s * int64_t{gridDim.x}, s);
+
+  fill_code_image(down, d, p.factors.down, p.factors.type, DownIndex{d.block_dim, p.factors.rank});
+  fill_code_image(up, d, p.factors.up, p.factors.type, UpIndex{d.block_dim});
+  fill_output_image(down_out, d, p.factors.down, p.factors.type, DownIndex{d.block_dim, p.factors.rank});
+  fill_mixing(mixing, d, p.factors);
+  if (p.norm) {
+    fill_affine(weight, p.weight, p.affine, dim, 1.0f);
+    fill_affine(bias, p.bias, p.affine, dim, 0.0f);
+    __syncthreads();
+    for (int i = threadIdx.x; i < d.num_blocks * padded; i += blockDim.x) {
+      const int block = i / padded, w = i % padded;
+      float sum_weight = 0.0f, sum_bias = 0.0f;
+      for (int j = 0; j < d.block_dim; ++j) {
+        const float factor = convert<float>(down[w * image_stride + j]);
+        sum_weight += weight[block * d.block_dim + j] * factor;
+        sum_bias += bias[block * d.block_dim + j] * factor;
+      }
+      down_weight[i] = sum_weight;
+      down_bias[i] = sum_bias;
+    }
+  }
+  const DropoutMask dropout = p.dropout_p > 0 ? DropoutMask(p.seed, p.dropout_p) : DropoutMask();
+
+  // Pieces of the factor gradients that this warp sums: 32 block columns by 16 code columns each, over its part of a
+  // tile's row blocks.
+  const int items = per_block * code_tiles;
+  const int item0 = kItems > 1 || warps <= items ? warp : warp % items;
+  const int part = kItems > 1 || warps <= items ? 0 : warp / items;
+  float up_sum[kItems][4][4] = {}, down_sum[kItems][4][4] = {};
+  float scale_sum[kBlocks][kBlocks] = {};  // of code column threadIdx.x % padded
+
+  int stage = 0;
+  for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    if (p.stages > 1) {
+      // All but the youngest stages - 2 groups have landed: this tile's among them.
+      if (p.stages == 4) copy_async_wait<2>();
+      else if (p.stages == 3) copy_async_wait<1>();
+      else copy_async_wait<0>();
+    } else {
+      __syncthreads();
+      load_stage(tile, 0);
+      copy_async_wait<0>();
+    }
+    __syncthreads();
+    if (p.stages > 1) {
+      // Into the stage that the previous tile has left.
+      const int next = stage == 0 ? p.stages - 1 : stage - 1;
+      load_stage(tile + (p.stages - 1) * int64_t{gridDim.x}, next);
+    }
+    unsigned char* in = at(layout.stages + stage * layout.stage_bytes);
+    const auto* x_rows = reinterpret_cast<const In*>(in);
+    const auto* grad_rows = reinterpret_cast<const Out*>(in + layout.grad);
+    const auto* means = reinterpret_cast<const float*>(in + layout.mean);
+    const auto* rstds = reinterpret_cast<const float*>(in + layout.rstd);
+    const int64_t first_row = tile * rows;
+
+    // ---- codes
+    for (int i = warp; i < row_blocks * p.key_splits; i += warps) {
+      const int split = i % p.key_splits, block = i / p.key_splits % d.num_blocks;
+      const int row_tile = i / p.key_splits / d.num_blocks;
+      const int row0 = row_tile * kTileRows + g, row1 = row0 + 8;
+      const RowNorm n0{p.norm ? means[row0] : 0.0f, p.norm ? rstds[row0] : 1.0f};
+      const RowNorm n1{p.norm ? means[row1] : 0.0f, p.norm ? rstds[row1] : 1.0f};
+      const int begin = per_block * split / p.key_splits, end = per_block * (split + 1) / p.key_splits;
+      float2 sums0{}, sums1{};
+      for (int t = 0; t < code_tiles; ++t) {
+        float z[2][4] = {}, dh[2][4] = {};
+        for (int group = begin; group < end; ++group) {
+          const int local = group * kGroupColumns + c * 8, column = block * d.block_dim + local;
+          uint4 base0{}, base1{}, grad0{}, grad1{};
+          if (local < d.block_dim) {
+            grad0 = *reinterpret_cast<const uint4*>(grad_rows + row0 * layout.grad_stride + column);
+            grad1 = *reinterpret_cast<const uint4*>(grad_rows + row1 * layout.grad_stride + column);
+            if (p.norm) {
+              const Eight a = normalised(shared8(x_rows + row0 * layout.x_stride + column), n0);
+              const Eight b = normalised(shared8(x_rows + row1 * layout.x_stride + column), n1);
+              const Eight w = shared8(weight + column), o = shared8(bias + column);
+              base0 = pack8<Out>(affine(a, w, o));
+              base1 = pack8<Out>(affine(b, w, o));
+              if (t == 0 && p.add_base) {
+                const Eight e = unpack8<Out>(grad0), f = unpack8<Out>(grad1);
+#pragma unroll
+                for (int j = 0; j < 8; ++j) {
+                  const float u = e.v[j] * w.v[j], v = f.v[j] * w.v[j];
+                  sums0.x += u, sums0.y += u * a.v[j];
+                  sums1.x += v, sums1.y += v * b.v[j];
+                }
+              }
+            } else if constexpr (!kWide) {
+              base0 = *reinterpret_cast<const uint4*>(x_rows + row0 * layout.x_stride + column);
+              base1 = *reinterpret_cast<const uint4*>(x_rows + row1 * layout.x_stride + column);
+            }
+            if (p.dropout_p > 0) {
+              grad0 = dropped<Out>(grad0, dropout, (first_row + row0) * dim + column);
+              grad1 = dropped<Out>(grad1, dropout, (first_row + row1) * dim + column);
+            }
+          }
+          accumulate_code<Out>(z, base0, base1, down, image_stride, t, local, g);
+          accumulate_code<Out>(dh, grad0, grad1, up, image_stride, t, local, g);
+        }
+        const int to = split * code_elements + (row_tile * d.num_blocks + block) * kTileRows * padded + t * kCodeTile;
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+          const int upper = to + g * padded + n * 8 + 2 * c, lower = upper + 8 * padded;
+          *reinterpret_cast<float2*>(code + upper) = {z[n][0], z[n][1]};
+          *reinterpret_cast<float2*>(code + lower) = {z[n][2], z[n][3]};
+          *reinterpret_cast<float2*>(grad_mixed + upper) = {dh[n][0], dh[n][1]};
+          *reinterpret_cast<float2*>(grad_mixed + lower) = {dh[n][2], dh[n][3]};
+        }
+      }
+      if (p.norm) {
+        sums0 = {row_sum(sums0.x), row_sum(sums0.y)};
+        sums1 = {row_sum(sums1.x), row_sum(sums1.y)};
+        if (c == 0) {
+          row_sums[i * kTileRows + g] = sums0;
+          row_sums[i * kTileRows + g + 8] = sums1;
+        }
+      }
+    }
+    __syncthreads();
+
+    // ---- mixing: a thread takes code column threadIdx.x % padded of some rows
+    for (int i = threadIdx.x; i < rows * padded; i += blockDim.x) {
+      const int w = i % padded, row = i / padded, row_tile = row / kTileRows, t = row % kTileRows;
+      const int from = (row_tile * d.num_blocks * kTileRows + t) * padded + w;
+      float z[kBlocks], dh[kBlocks];
+#pragma unroll
+      for (int a = 0; a < kBlocks; ++a) {
+        z[a] = dh[a] = 0.0f;
+        if (a >= d.num_blocks) continue;
+        for (int split = 0; split < p.key_splits; ++split) {
+          const int element = split * code_elements + from + a * kTileRows * padded;
+          z[a] += code[element];
+          dh[a] += grad_mixed[element];
+        }
+      }
+      float of_weight = 0.0f, of_normalised = 0.0f;
+#pragma unroll
+      for (int a = 0; a < kBlocks; ++a) {
+        if (a >= d.num_blocks) continue;
+        float h = 0.0f, dz = 0.0f;
+#pragma unroll
+        for (int b = 0; b < kBlocks; ++b) {
+          if (b >= d.num_blocks) continue;
+          h += mixing[(b * d.num_blocks + a) * padded + w] * z[b];
+          dz += mixing[(a * d.num_blocks + b) * padded + w] * dh[b];
+          scale_sum[a][b] += z[a] * dh[b];
+        }
+        const int to = ((row_tile * d.num_blocks + a) * kTileRows + t) * code_stride + w;
+        mixed[to] = convert<Out>(h);
+        grad_code[to] = convert<Out>(dz);
+        if (p.norm) {
+          of_weight += dz * down_weight[a * padded + w];
+          of_normalised += dz * (z[a] - down_bias[a * padded + w]);
+        }
+      }
+      if (p.norm) {
+        const int lanes = min(padded, 32), half = w / 32;
+        of_weight = lanes_sum(of_weight, lanes);
+        of_normalised = lanes_sum(of_normalised, lanes);
+        if (w % 32 == 0) {
+          if (half == 0) {
+            const int first = row_tile * d.num_blocks * p.key_splits;
+            for (int s = first; s < first + d.num_blocks * p.key_splits; ++s) {
+              of_weight += row_sums[s * kTileRows + t].x;
+              of_normalised += row_sums[s * kTileRows + t].y;
+            }
+          }
+          const float inverse = 1.0f / static_cast<float>(dim);
+          row_means[row * 2 + half] = {of_weight * inverse, of_normalised * inverse};
+        }
+      }
+    }
+    __syncthreads();
+
+    // ---- outputs
+#pragma unroll
+    for (int k = 0; k < kItems; ++k) {
+      const int item = item0 + k * warps;
+      if (item >= items || part >= p.parts) break;
+      const int group = item % per_block, code_tile = item / per_block;
+      const int local = group * kGroupColumns + c * 8;
+      const bool inside = local < d.block_dim;
+      for (int rb = part; rb < row_blocks; rb += p.parts) {
+        const int row_tile = rb / d.num_blocks, block = rb % d.num_blocks;
+        const int row0 = row_tile * kTileRows + g, row1 = row0 + 8, column = block * d.block_dim + local;
+        uint4 grad0{}, grad1{}, base0{}, base1{};
+        Eight n0{}, n1{}, w{};
+        RowNorm r0{0.0f, 1.0f}, r1{0.0f, 1.0f};
+        if (inside) {
+          grad0 = *reinterpret_cast<const uint4*>(grad_rows + row0 * layout.grad_stride + column);
+          grad1 = *reinterpret_cast<const uint4*>(grad_rows + row1 * layout.grad_stride + column);
+          if (p.norm) {
+            r0 = {means[row0], rstds[row0]};
+            r1 = {means[row1], rstds[row1]};
+            n0 = normalised(shared8(x_rows + row0 * layout.x_stride + column), r0);
+            n1 = normalised(shared8(x_rows + row1 * layout.x_stride + column), r1);
+            w = shared8(weight + column);
+            const Eight o = shared8(bias + column);
+            base0 = pack8<Out>(affine(n0, w, o));
+            base1 = pack8<Out>(affine(n1, w, o));
+          } else if constexpr (!kWide) {
+            base0 = *reinterpret_cast<const uint4*>(x_rows + row0 * layout.x_stride + column);
+            base1 = *reinterpret_cast<const uint4*>(x_rows + row1 * layout.x_stride + column);
+          }
+        }
+        float dbase[4][4] = {};
+        if (p.add_base) {
+          set_output_row(dbase, 0, unpack8<Out>(grad0));
+          set_output_row(dbase, 1, unpack8<Out>(grad1));
+        }
+        if (p.dropout_p > 0 && inside) {
+          grad0 = dropped<Out>(grad0, dropout, (first_row + row0) * dim + column);
+          grad1 = dropped<Out>(grad1, dropout, (first_row + row1) * dim + column);
+        }
+        const int codes = rb * kTileRows * code_stride + code_tile * kCodeTile;
+        uint32_t a[4];
+        load_a_transposed(a, mixed + codes, code_stride, lane);
+        mma<Out>(up_sum[k][0], a, transpose8x8(grad0.x), transpose8x8(grad1.x));
+        mma<Out>(up_sum[k][1], a, transpose8x8(grad0.y), transpose8x8(grad1.y));
+        mma<Out>(up_sum[k][2], a, transpose8x8(grad0.z), transpose8x8(grad1.z));
+        mma<Out>(up_sum[k][3], a, transpose8x8(grad0.w), transpose8x8(grad1.w));
+        load_a_transposed(a, grad_code + codes, code_stride, lane);
+        mma<Out>(down_sum[k][0], a, transpose8x8(base0.x), transpose8x8(base1.x));
+        mma<Out>(down_sum[k][1], a, transpose8x8(base0.y), transpose8x8(base1.y));
+        mma<Out>(down_sum[k][2], a, transpose8x8(base0.z), transpose8x8(base1.z));
+        mma<Out>(down_sum[k][3], a, transpose8x8(base0.w), transpose8x8(base1.w));
+        if (code_tile != 0 || p.grad_x == nullptr) continue;  // one of the warps on these columns writes them
+
+        for (int t = 0; t < code_tiles; ++t) {
+          load_a(a, grad_code + rb * kTileRows * code_stride + t * kCodeTile, code_stride, lane);
+          accumulate_output<Out>(dbase, a, down_out, chunks, t, group * 4, g, c);
+        }
+        if (!inside) continue;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          const int row = r == 0 ? row0 : row1;
+          if (first_row + row >= p.num_tokens) continue;
+          Eight dx = output_row(dbase, r);
+          if (p.norm) {
+            const float2 m0 = row_means[row * 2];
+            const float2 m1 = padded > 32 ? row_means[row * 2 + 1] : float2{0.0f, 0.0f};
+            const float mean_g = m0.x + m1.x, mean_gn = m0.y + m1.y, rstd = r == 0 ? r0.rstd : r1.rstd;
+            const Eight& n = r == 0 ? n0 : n1;
+#pragma unroll
+            for (int j = 0; j < 8; ++j) dx.v[j] = rstd * (dx.v[j] * w.v[j] - mean_g - n.v[j] * mean_gn);
+          }
+          const int64_t to = (first_row + row) * dim + column;
+          if (p.grad_sum != nullptr) {
+            Raw8<In> more;
+            more.load(p.grad_sum + to);
+            const Eight e = more.floats();
+#pragma unroll
+            for (int j = 0; j < 8; ++j) dx.v[j] += e.v[j];
+          }
+          Raw8<In> result;
+          result.set(dx);
+          result.store(p.grad_x + to);
+        }
+      }
+    }
+    stage = stage + 1 == p.stages ? 0 : stage + 1;
+  }
+  copy_async_wait<0>();
+  __syncthreads();
+
+  // ---- the block's sums: parts are added one after the other, then everything leaves in the factors' own layout.
+  // The codes' and stages' memory is free now.
+  const int scale_size = p.factors.num_experts * d.num_blocks * d.num_blocks, factor_size = d.width * d.block_dim;
+  auto* sums = reinterpret_cast<float*>(at(layout.code));  // [down | up]
+  float* out = p.partial + static_cast<int64_t>(blockIdx.x) * (scale_size + 2 * factor_size);
+  const UpIndex up_index{d.block_dim};
+  const DownIndex down_index{d.block_dim, p.factors.rank};
+  for (int turn = 0; turn < p.parts; ++turn) {
+    if (part == turn) {
+#pragma unroll
+      for (int k = 0; k < kItems; ++k) {
+        const int item = item0 + k * warps;
+        if (item >= items) break;
+        const int group = item % per_block, code_tile = item / per_block;
+#pragma unroll
+        for (int t = 0; t < 4; ++t) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            const int w = code_tile * kCodeTile + g + e / 2 * 8;
+            const int j = group * kGroupColumns + c * 8 + t * 2 + e % 2;
+            if (w >= d.width || j >= d.block_dim) continue;
+            float* to_down = sums + down_index(w, j);
+            float* to_up = sums + factor_size + up_index(w, j);
+            *to_down = turn == 0 ? down_sum[k][t][e] : *to_down + down_sum[k][t][e];
+            *to_up = turn == 0 ? up_sum[k][t][e] : *to_up + up_sum[k][t][e];
+          }
+        }
+      }
+    }
+    __syncthreads();
+  }
+  for (int i = threadIdx.x; i < 2 * factor_size; i += blockDim.x) out[scale_size + i] = sums[i];
+  __syncthreads();
+
+  // scale_sum of every thread side by side, a few (a, b) pairs at a time, then one thread an entry adds its expert's
+  // columns over all rows that the threads stood for.
+  const int lanes_of_rows = blockDim.x / padded;
+#pragma unroll
+  for (int a = 0; a < kBlocks; ++a) {
+    if (a >= d.num_blocks) break;
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) {
+      if (b < d.num_blocks) sums[b * blockDim.x + threadIdx.x] = scale_sum[a][b];
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < p.factors.num_experts * d.num_blocks; i += blockDim.x) {
+      const int e = i / d.num_blocks, b = i % d.num_blocks;
+      float total = 0.0f;
+      for (int r = 0; r < lanes_of_rows; ++r) {
+        for (int w = e * p.factors.rank; w < (e + 1) * p.factors.rank; ++w) {
+          total += sums[b * blockDim.x + r * padded + w];
+        }
+      }
+      out[(e * d.num_blocks + a) * d.num_blocks + b] = total;
+    }
+    __syncthreads();
+  }
+}
+
+// Adds the blocks' partial sums in order: 32 entries a block, 8 threads an entry.
+constexpr int kReduceLanes = 8;
+
+template <typename Factor>
+__global__ void __launch_bounds__(32 * kReduceLanes)
+    alore_reduce_kernel(const float* __restrict__ partial, int blocks, int scale_size, int down_size, int entries,
+                        Factor* scale, Factor* down, Factor* up) {
+  __shared__ float sums[kReduceLanes][32];
+  const int x = threadIdx.x % 32, y = threadIdx.x / 32, i = blockIdx.x * 32 + x;
+  float sum = 0.0f;
+  if (i < entries) {
+    for (int b = y; b < blocks; b += kReduceLanes) sum += partial[static_cast<int64_t>(b) * entries + i];
+  }
+  sums[y][x] = sum;
+  __syncthreads();
+  if (y != 0 || i >= entries) return;
+#pragma unroll
+  for (int lane = 1; lane < kReduceLanes; ++lane) sum += sums[lane][x];
+  Factor* to = i < scale_size ? scale + i : i < scale_size + down_size ? down + i - scale_size
+                                                                       : up + i - scale_size - down_size;
+  *to = convert<Factor>(sum);
+}
+
+template <typename In, typename Out, int kBlocks, int kItems>
+void launch(const CudaContext& context, const AloreBackwardPlan& plan, const BackwardParams<In, Out>& params) {
+  const auto kernel = alore_backward_kernel<In, Out, kBlocks, kItems>;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes),
+        "alore_backward");
+  kernel<<<plan.blocks, 32 * plan.warps, plan.shared_bytes, context.stream>>>(params);
+  check_launch("alore_backward");
+}
+
+}  // namespace
+
+void alore_backward(const CudaContext& context, const AloreShape& s, const AloreBackwardPlan& plan,
+                    const AloreBackwardArgs& a) {
+  if (!plan.fused) throw std::runtime_error("alore_backward: no fused kernel for this shape");
+  const AdapterDims dims{static_cast<int>(s.num_blocks), static_cast<int>(s.block_dim), static_cast<int>(s.width())};
+  const FactorSource factors{a.adapter.scale, a.adapter.down, a.adapter.up, s.factor,
+                             static_cast<int>(s.num_experts), static_cast<int>(s.rank)};
+  const auto run = [&](auto in_tag, auto out_tag) {
+    using In = typename decltype(in_tag)::type;
+    using Out = typename decltype(out_tag)::type;
+    const BackwardParams<In, Out> params{s.num_tokens,
+                                         dims,
+                                         factors,
+                                         plan.row_tiles,
+                                         plan.stages,
+                                         plan.key_splits,
+                                         plan.parts,
+                                         s.norm,
+                                         s.add_base,
+                                         static_cast<const Out*>(a.grad_out),
+                                         static_cast<const In*>(a.sum),
+                                         static_cast<const In*>(a.grad_sum),
+                                         a.norm.weight,
+                                         a.norm.bias,
+                                         s.affine,
+                                         a.mean,
+                                         a.rstd,
+                                         a.dropout.seed,
+                                         a.dropout.p,
+                                         static_cast<In*>(a.grad_x),
+                                         static_cast<float*>(a.workspace)};
+    if (s.num_blocks > 4) return launch<In, Out, 8, 1>(context, plan, params);
+    if (plan.items_per_warp == 1) return launch<In, Out, 4, 1>(context, plan, params);
+    launch<In, Out, 4, 2>(context, plan, params);
+  };
+  const bool wide = s.input == DType::kFloat32;
+  if (s.output == DType::kBFloat16) {
+    wide ? run(Tag<float>{}, Tag<__nv_bfloat16>{}) : run(Tag<__nv_bfloat16>{}, Tag<__nv_bfloat16>{});
+  } else {
+    wide ? run(Tag<float>{}, Tag<__half>{}) : run(Tag<__half>{}, Tag<__half>{});
+  }
+  const int scale_size = static_cast<int>(s.scale_size()), down_size = static_cast<int>(s.down_size());
+  const int entries = scale_size + 2 * down_size;
+  dispatch(s.factor, [&](auto tag) {
+    using Factor = typename decltype(tag)::type;
+    alore_reduce_kernel<Factor><<<(entries + 31) / 32, 32 * kReduceLanes, 0, context.stream>>>(
+        static_cast<const float*>(a.workspace), plan.blocks, scale_size, down_size, entries,
+        static_cast<Factor*>(a.grad_scale), static_cast<Factor*>(a.grad_down), static_cast<Factor*>(a.grad_up));
+  });
+  check_launch("alore_reduce");
+}
+
+}  // namespace alore::kernels
