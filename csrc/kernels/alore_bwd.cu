@@ -21,6 +21,8 @@ template <typename In, typename Out>
 struct BackwardParams {
   int64_t num_tokens;
   AdapterDims dims;
+  BackwardLayout layout;
+  int log_width;  // padded_width = 1 << log_width
   FactorSource factors;
   int row_tiles, stages, key_splits, parts;
   bool norm, add_base;
@@ -29,28 +31,10 @@ struct BackwardParams {
   const void *weight, *bias;
   DType affine;
   const float *mean, *rstd;
-  const int64_t* seed;
-  double dropout_p;
+  DropoutMask dropout;
   In* grad_x;
   float* partial;  // [blocks, scale | down | up]
 };
-
-// A piece of a tile's rows: the norm's weight and statistics, or the identity.
-struct RowNorm {
-  float mean, rstd;
-};
-
-__device__ __forceinline__ Eight normalised(Eight x, RowNorm r) {
-#pragma unroll
-  for (int j = 0; j < 8; ++j) x.v[j] = (x.v[j] - r.mean) * r.rstd;
-  return x;
-}
-
-__device__ __forceinline__ Eight affine(Eight n, const Eight& weight, const Eight& bias) {
-#pragma unroll
-  for (int j = 0; j < 8; ++j) n.v[j] = n.v[j] * weight.v[j] + bias.v[j];
-  return n;
-}
 
 template <typename Out>
 __device__ __forceinline__ uint4 dropped(const uint4& grad, const DropoutMask& mask, int64_t element) {
@@ -75,7 +59,7 @@ __global__ void __launch_bounds__(max_threads(kBlocks), 1)
   extern __shared__ __align__(128) unsigned char shared[];
   constexpr bool kWide = std::is_same_v<In, float>;
   const AdapterDims& d = p.dims;
-  const BackwardLayout layout(d, blockDim.x, p.row_tiles, p.stages, p.key_splits, p.norm, kWide);
+  const BackwardLayout& layout = p.layout;
   const auto at = [&](int offset) { return shared + offset; };
   auto* down = reinterpret_cast<Out*>(at(layout.down));
   auto* up = reinterpret_cast<Out*>(at(layout.up));
@@ -94,9 +78,9 @@ __global__ void __launch_bounds__(max_threads(kBlocks), 1)
 
   const int lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
   const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  const int dim = d.embed_dim(), per_block = d.groups_per_block(), padded = d.padded_width();
-  const int code_tiles = d.code_tiles(), code_stride = d.code_stride(), chunks = per_block * 4;
-  const int image_stride = conflict_free_stride(d.block_dim);
+  const int dim = d.embed_dim, per_block = d.groups_per_block, padded = d.padded_width;
+  const int code_tiles = d.code_tiles, code_stride = d.code_stride, chunks = d.chunks;
+  const int image_stride = d.image_stride;
   const int rows = p.row_tiles * kTileRows, row_blocks = p.row_tiles * d.num_blocks;
   const int64_t tiles = (p.num_tokens + rows - 1) / rows;
   const int code_elements = row_blocks * kTileRows * padded;  // of one key split
@@ -107,19 +91,20 @@ __global__ void __launch_bounds__(max_threads(kBlocks), 1)
       unsigned char* to = at(layout.stages + stage * layout.stage_bytes);
       const int64_t first = tile * rows;
       constexpr int kXPiece = 16 / sizeof(In);
-      const int x_pieces = dim / kXPiece, grad_pieces = dim / 8;
       auto* x_to = reinterpret_cast<In*>(to);
-      for (int i = threadIdx.x; i < rows * x_pieces; i += blockDim.x) {
-        const int row = i / x_pieces, column = i % x_pieces * kXPiece;
-        const bool live = first + row < p.num_tokens;
-        copy_async_16(x_to + row * layout.x_stride + column, p.x + (live ? (first + row) * dim + column : 0), live);
-      }
       auto* grad_to = reinterpret_cast<Out*>(to + layout.grad);
-      for (int i = threadIdx.x; i < rows * grad_pieces; i += blockDim.x) {
-        const int row = i / grad_pieces, column = i % grad_pieces * 8;
+#pragma unroll 1
+      for (int row = warp; row < rows; row += warps) {
         const bool live = first + row < p.num_tokens;
-        copy_async_16(grad_to + row * layout.grad_stride + column,
-                      p.grad_out + (live ? (first + row) * dim + column : 0), live);
+        const int64_t from = live ? (first + row) * dim : 0;
+#pragma unroll 2
+        for (int column = lane * kXPiece; column < dim; column += 32 * kXPiece) {
+          copy_async_16(x_to + row * layout.x_stride + column, p.x + from + column, live);
+        }
+#pragma unroll 2
+        for (int column = lane * 8; column < dim; column += 32 * 8) {
+          copy_async_16(grad_to + row * layout.grad_stride + column, p.grad_out + from + column, live);
+        }
       }
       if (p.norm && threadIdx.x < rows) {
         const bool live = first + threadIdx.x < p.num_tokens;
@@ -132,27 +117,41 @@ __global__ void __launch_bounds__(max_threads(kBlocks), 1)
   };
   for (int s = 0; s < p.stages - 1; ++s) load_stage(blockIdx.x + s * int64_t{gridDim.x}, s);
 
-  fill_code_image(down, d, p.factors.down, p.factors.type, DownIndex{d.block_dim, p.factors.rank});
-  fill_code_image(up, d, p.factors.up, p.factors.type, UpIndex{d.block_dim});
-  fill_output_image(down_out, d, p.factors.down, p.factors.type, DownIndex{d.block_dim, p.factors.rank});
+  fill_zero(shared, layout.weight);
+  __syncthreads();
+  const int scale_size = p.factors.num_experts * d.num_blocks * d.num_blocks, factor_size = d.width * d.block_dim;
+  const DownPlace down_place(d, p.factors.rank);
+  const UpPlace up_place(d);
+  scatter(p.factors.down, p.factors.type, factor_size, [&](int i, float v) {
+    const CodePlace place = down_place(i);
+    const Out rounded = convert<Out>(v);
+    down[code_image_at(d, place)] = rounded;
+    down_out[output_image_at(d, place)] = rounded;
+  });
+  scatter(p.factors.up, p.factors.type, factor_size,
+          [&](int i, float v) { up[code_image_at(d, up_place(i))] = convert<Out>(v); });
   fill_mixing(mixing, d, p.factors);
   if (p.norm) {
     fill_affine(weight, p.weight, p.affine, dim, 1.0f);
     fill_affine(bias, p.bias, p.affine, dim, 0.0f);
     __syncthreads();
-    for (int i = threadIdx.x; i < d.num_blocks * padded; i += blockDim.x) {
-      const int block = i / padded, w = i % padded;
-      float sum_weight = 0.0f, sum_bias = 0.0f;
-      for (int j = 0; j < d.block_dim; ++j) {
+#pragma unroll 1
+    for (int i = warp; i < d.num_blocks << p.log_width; i += warps) {
+      const int block = i >> p.log_width, w = i & (padded - 1);
+      float of_weight = 0.0f, of_bias = 0.0f;
+      for (int j = lane; j < d.block_dim; j += 32) {
         const float factor = convert<float>(down[w * image_stride + j]);
-        sum_weight += weight[block * d.block_dim + j] * factor;
-        sum_bias += bias[block * d.block_dim + j] * factor;
+        of_weight += weight[block * d.block_dim + j] * factor;
+        of_bias += bias[block * d.block_dim + j] * factor;
       }
-      down_weight[i] = sum_weight;
-      down_bias[i] = sum_bias;
+      of_weight = warp_sum(of_weight);
+      of_bias = warp_sum(of_bias);
+      if (lane == 0) {
+        down_weight[i] = of_weight;
+        down_bias[i] = of_bias;
+      }
     }
   }
-  const DropoutMask dropout = p.dropout_p > 0 ? DropoutMask(p.seed, p.dropout_p) : DropoutMask();
 
   // Pieces of the factor gradients that this warp sums: 32 block columns by 16 code columns each, over its part of a
   // tile's row blocks.
@@ -163,6 +162,7 @@ __global__ void __launch_bounds__(max_threads(kBlocks), 1)
   float scale_sum[kBlocks][kBlocks] = {};  // of code column threadIdx.x % padded
 
   int stage = 0;
+#pragma unroll 1
   for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
     if (p.stages > 1) {
       // All but the youngest stages - 2 groups have landed: this tile's among them.
@@ -188,6 +188,7 @@ __global__ void __launch_bounds__(max_threads(kBlocks), 1)
     const int64_t first_row = tile * rows;
 
     // ---- codes
+#pragma unroll 1
     for (int i = warp; i < row_blocks * p.key_splits; i += warps) {
       const int split = i % p.key_splits, block = i / p.key_splits % d.num_blocks;
       const int row_tile = i / p.key_splits / d.num_blocks;
@@ -196,8 +197,10 @@ __global__ void __launch_bounds__(max_threads(kBlocks), 1)
       const RowNorm n1{p.norm ? means[row1] : 0.0f, p.norm ? rstds[row1] : 1.0f};
       const int begin = per_block * split / p.key_splits, end = per_block * (split + 1) / p.key_splits;
       float2 sums0{}, sums1{};
+#pragma unroll 1
       for (int t = 0; t < code_tiles; ++t) {
         float z[2][4] = {}, dh[2][4] = {};
+#pragma unroll 1
         for (int group = begin; group < end; ++group) {
           const int local = group * kGroupColumns + c * 8, column = block * d.block_dim + local;
           uint4 base0{}, base1{}, grad0{}, grad1{};
@@ -223,9 +226,9 @@ __global__ void __launch_bounds__(max_threads(kBlocks), 1)
               base0 = *reinterpret_cast<const uint4*>(x_rows + row0 * layout.x_stride + column);
               base1 = *reinterpret_cast<const uint4*>(x_rows + row1 * layout.x_stride + column);
             }
-            if (p.dropout_p > 0) {
-              grad0 = dropped<Out>(grad0, dropout, (first_row + row0) * dim + column);
-              grad1 = dropped<Out>(grad1, dropout, (first_row + row1) * dim + column);
+            if (p.dropout.seed != nullptr) {
+              grad0 = dropped<Out>(grad0, p.dropout, (first_row + row0) * dim + column);
+              grad1 = dropped<Out>(grad1, p.dropout, (first_row + row1) * dim + column);
             }
           }
           accumulate_code<Out>(z, base0, base1, down, image_stride, t, local, g);
@@ -253,14 +256,17 @@ __global__ void __launch_bounds__(max_threads(kBlocks), 1)
     __syncthreads();
 
     // ---- mixing: a thread takes code column threadIdx.x % padded of some rows
-    for (int i = threadIdx.x; i < rows * padded; i += blockDim.x) {
-      const int w = i % padded, row = i / padded, row_tile = row / kTileRows, t = row % kTileRows;
+    const int w = threadIdx.x & (padded - 1);
+#pragma unroll 1
+    for (int row = threadIdx.x >> p.log_width; row < rows; row += blockDim.x >> p.log_width) {
+      const int row_tile = row / kTileRows, t = row % kTileRows;
       const int from = (row_tile * d.num_blocks * kTileRows + t) * padded + w;
       float z[kBlocks], dh[kBlocks];
 #pragma unroll
       for (int a = 0; a < kBlocks; ++a) {
         z[a] = dh[a] = 0.0f;
         if (a >= d.num_blocks) continue;
+#pragma unroll 1
         for (int split = 0; split < p.key_splits; ++split) {
           const int element = split * code_elements + from + a * kTileRows * padded;
           z[a] += code[element];
@@ -294,6 +300,7 @@ __global__ void __launch_bounds__(max_threads(kBlocks), 1)
         if (w % 32 == 0) {
           if (half == 0) {
             const int first = row_tile * d.num_blocks * p.key_splits;
+#pragma unroll 1
             for (int s = first; s < first + d.num_blocks * p.key_splits; ++s) {
               of_weight += row_sums[s * kTileRows + t].x;
               of_normalised += row_sums[s * kTileRows + t].y;
@@ -314,8 +321,9 @@ __global__ void __launch_bounds__(max_threads(kBlocks), 1)
       const int group = item % per_block, code_tile = item / per_block;
       const int local = group * kGroupColumns + c * 8;
       const bool inside = local < d.block_dim;
-      for (int rb = part; rb < row_blocks; rb += p.parts) {
-        const int row_tile = rb / d.num_blocks, block = rb % d.num_blocks;
+#pragma unroll 1
+      for (int rb = part, row_tile = 0, block = part; rb < row_blocks; rb += p.parts, block += p.parts) {
+        while (block >= d.num_blocks) block -= d.num_blocks, ++row_tile;
         const int row0 = row_tile * kTileRows + g, row1 = row0 + 8, column = block * d.block_dim + local;
         uint4 grad0{}, grad1{}, base0{}, base1{};
         Eight n0{}, n1{}, w{};
@@ -342,9 +350,9 @@ __global__ void __launch_bounds__(max_threads(kBlocks), 1)
           set_output_row(dbase, 0, unpack8<Out>(grad0));
           set_output_row(dbase, 1, unpack8<Out>(grad1));
         }
-        if (p.dropout_p > 0 && inside) {
-          grad0 = dropped<Out>(grad0, dropout, (first_row + row0) * dim + column);
-          grad1 = dropped<Out>(grad1, dropout, (first_row + row1) * dim + column);
+        if (p.dropout.seed != nullptr && inside) {
+          grad0 = dropped<Out>(grad0, p.dropout, (first_row + row0) * dim + column);
+          grad1 = dropped<Out>(grad1, p.dropout, (first_row + row1) * dim + column);
         }
         const int codes = rb * kTileRows * code_stride + code_tile * kCodeTile;
         uint32_t a[4];
@@ -360,6 +368,7 @@ __global__ void __launch_bounds__(max_threads(kBlocks), 1)
         mma<Out>(down_sum[k][3], a, transpose8x8(base0.w), transpose8x8(base1.w));
         if (code_tile != 0 || p.grad_x == nullptr) continue;  // one of the warps on these columns writes them
 
+#pragma unroll 1
         for (int t = 0; t < code_tiles; ++t) {
           load_a(a, grad_code + rb * kTileRows * code_stride + t * kCodeTile, code_stride, lane);
           accumulate_output<Out>(dbase, a, down_out, chunks, t, group * 4, g, c);
@@ -373,10 +382,11 @@ __global__ void __launch_bounds__(max_threads(kBlocks), 1)
           if (p.norm) {
             const float2 m0 = row_means[row * 2];
             const float2 m1 = padded > 32 ? row_means[row * 2 + 1] : float2{0.0f, 0.0f};
-            const float mean_g = m0.x + m1.x, mean_gn = m0.y + m1.y, rstd = r == 0 ? r0.rstd : r1.rstd;
+            const float rstd = r == 0 ? r0.rstd : r1.rstd;
+            const float mean_g = rstd * (m0.x + m1.x), mean_gn = rstd * (m0.y + m1.y);
             const Eight& n = r == 0 ? n0 : n1;
 #pragma unroll
-            for (int j = 0; j < 8; ++j) dx.v[j] = rstd * (dx.v[j] * w.v[j] - mean_g - n.v[j] * mean_gn);
+            for (int j = 0; j < 8; ++j) dx.v[j] = dx.v[j] * (w.v[j] * rstd) - (n.v[j] * mean_gn + mean_g);
           }
           const int64_t to = (first_row + row) * dim + column;
           if (p.grad_sum != nullptr) {
@@ -399,11 +409,9 @@ __global__ void __launch_bounds__(max_threads(kBlocks), 1)
 
   // ---- the block's sums: parts are added one after the other, then everything leaves in the factors' own layout.
   // The codes' and stages' memory is free now.
-  const int scale_size = p.factors.num_experts * d.num_blocks * d.num_blocks, factor_size = d.width * d.block_dim;
   auto* sums = reinterpret_cast<float*>(at(layout.code));  // [down | up]
   float* out = p.partial + static_cast<int64_t>(blockIdx.x) * (scale_size + 2 * factor_size);
-  const UpIndex up_index{d.block_dim};
-  const DownIndex down_index{d.block_dim, p.factors.rank};
+#pragma unroll 1
   for (int turn = 0; turn < p.parts; ++turn) {
     if (part == turn) {
 #pragma unroll
@@ -412,28 +420,31 @@ __global__ void __launch_bounds__(max_threads(kBlocks), 1)
         if (item >= items) break;
         const int group = item % per_block, code_tile = item / per_block;
 #pragma unroll
-        for (int t = 0; t < 4; ++t) {
+        for (int half = 0; half < 2; ++half) {
+          const int w = code_tile * kCodeTile + g + half * 8, expert = w / p.factors.rank;
+          float* down_at = sums + expert * d.block_dim * p.factors.rank + w - expert * p.factors.rank;
+          float* up_at = sums + factor_size + w * d.block_dim;
 #pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            const int w = code_tile * kCodeTile + g + e / 2 * 8;
-            const int j = group * kGroupColumns + c * 8 + t * 2 + e % 2;
+          for (int e = 0; e < 8; ++e) {
+            const int j = group * kGroupColumns + c * 8 + e;
             if (w >= d.width || j >= d.block_dim) continue;
-            float* to_down = sums + down_index(w, j);
-            float* to_up = sums + factor_size + up_index(w, j);
-            *to_down = turn == 0 ? down_sum[k][t][e] : *to_down + down_sum[k][t][e];
-            *to_up = turn == 0 ? up_sum[k][t][e] : *to_up + up_sum[k][t][e];
+            float* to_down = down_at + j * p.factors.rank;
+            const float to_add = down_sum[k][e / 2][half * 2 + e % 2];
+            *to_down = turn == 0 ? to_add : *to_down + to_add;
+            up_at[j] = (turn == 0 ? 0.0f : up_at[j]) + up_sum[k][e / 2][half * 2 + e % 2];
           }
         }
       }
     }
     __syncthreads();
   }
+#pragma unroll 4
   for (int i = threadIdx.x; i < 2 * factor_size; i += blockDim.x) out[scale_size + i] = sums[i];
   __syncthreads();
 
-  // scale_sum of every thread side by side, a few (a, b) pairs at a time, then one thread an entry adds its expert's
-  // columns over all rows that the threads stood for.
-  const int lanes_of_rows = blockDim.x / padded;
+  // scale_sum of every thread side by side, one a at a time; a warp adds up an entry: its expert's columns over all
+  // rows that the threads stood for.
+  const int lanes_of_rows = blockDim.x >> p.log_width, rank = p.factors.rank;
 #pragma unroll
   for (int a = 0; a < kBlocks; ++a) {
     if (a >= d.num_blocks) break;
@@ -442,15 +453,16 @@ __global__ void __launch_bounds__(max_threads(kBlocks), 1)
       if (b < d.num_blocks) sums[b * blockDim.x + threadIdx.x] = scale_sum[a][b];
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < p.factors.num_experts * d.num_blocks; i += blockDim.x) {
+#pragma unroll 1
+    for (int i = warp; i < p.factors.num_experts * d.num_blocks; i += warps) {
       const int e = i / d.num_blocks, b = i % d.num_blocks;
       float total = 0.0f;
+#pragma unroll 1
       for (int r = 0; r < lanes_of_rows; ++r) {
-        for (int w = e * p.factors.rank; w < (e + 1) * p.factors.rank; ++w) {
-          total += sums[b * blockDim.x + r * padded + w];
-        }
+        for (int k = lane; k < rank; k += 32) total += sums[b * blockDim.x + (r << p.log_width) + e * rank + k];
       }
-      out[(e * d.num_blocks + a) * d.num_blocks + b] = total;
+      total = warp_sum(total);
+      if (lane == 0) out[(e * d.num_blocks + a) * d.num_blocks + b] = total;
     }
     __syncthreads();
   }
@@ -494,6 +506,9 @@ void alore_backward(const CudaContext& context, const AloreShape& s, const Alore
                     const AloreBackwardArgs& a) {
   if (!plan.fused) throw std::runtime_error("alore_backward: no fused kernel for this shape");
   const AdapterDims dims{static_cast<int>(s.num_blocks), static_cast<int>(s.block_dim), static_cast<int>(s.width())};
+  const BackwardLayout layout(dims, 32 * plan.warps, plan.row_tiles, plan.stages, plan.key_splits, s.norm,
+                              s.input == DType::kFloat32);
+  const int log_width = dims.padded_width == 16 ? 4 : dims.padded_width == 32 ? 5 : 6;
   const FactorSource factors{a.adapter.scale, a.adapter.down, a.adapter.up, s.factor,
                              static_cast<int>(s.num_experts), static_cast<int>(s.rank)};
   const auto run = [&](auto in_tag, auto out_tag) {
@@ -501,6 +516,8 @@ void alore_backward(const CudaContext& context, const AloreShape& s, const Alore
     using Out = typename decltype(out_tag)::type;
     const BackwardParams<In, Out> params{s.num_tokens,
                                          dims,
+                                         layout,
+                                         log_width,
                                          factors,
                                          plan.row_tiles,
                                          plan.stages,
@@ -516,8 +533,7 @@ void alore_backward(const CudaContext& context, const AloreShape& s, const Alore
                                          s.affine,
                                          a.mean,
                                          a.rstd,
-                                         a.dropout.seed,
-                                         a.dropout.p,
+                                         DropoutMask(a.dropout.seed, a.dropout.p),
                                          static_cast<In*>(a.grad_x),
                                          static_cast<float*>(a.workspace)};
     if (s.num_blocks > 4) return launch<In, Out, 8, 1>(context, plan, params);

@@ -4,8 +4,6 @@
 // consecutive groups to a warp. Partial codes meet in shared memory: warp v's share of block a's code is slot v + a,
 // which is distinct for every pair that occurs, since a block that two warps share is the last of the one and the
 // first of the other.
-#include <cassert>
-
 #include "kernels/alore.h"
 #include "kernels/alore_tile.cuh"
 
@@ -16,6 +14,7 @@ template <typename In, typename Out>
 struct ForwardParams {
   int64_t num_tokens;
   AdapterDims dims;
+  ForwardLayout layout;
   FactorSource factors;
   int warps_per_tile;
   bool norm, add_base;
@@ -26,8 +25,7 @@ struct ForwardParams {
   Out* out;
   In* sum;
   float *mean, *rstd;
-  const int64_t* seed;
-  double dropout_p;
+  DropoutMask dropout;
 };
 
 // Warps of one tile wait for each other, not for the block.
@@ -40,19 +38,24 @@ __device__ __forceinline__ void team_sync(int team, int warps) {
 }
 
 // Mean and reciprocal standard deviation of a row from every warp's own mean and squares around it (Chan's update:
-// no second pass over the row, and no cancellation where the mean is large).
-__device__ __forceinline__ float2 combine_statistics(const float2* partial, const float* columns, int warps, int row,
-                                                     float total, float eps) {
-  float mean = 0.0f;
-  for (int v = 0; v < warps; ++v) mean += columns[v] * partial[v * kTileRows + row].x;
-  mean /= total;
-  float squares = 0.0f;
-  for (int v = 0; v < warps; ++v) {
-    const float2 p = partial[v * kTileRows + row];
-    const float off = p.x - mean;
-    squares += p.y + columns[v] * off * off;
+// no second pass over the row, and no cancellation where the mean is large). The row's four lanes share the warps.
+__device__ __forceinline__ RowNorm combine_statistics(const float2* partial, const float* columns, int warps, int row,
+                                                     int c, float total, float eps) {
+  float2 own[2]{};
+  float weight[2]{}, mean = 0.0f;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int v = c + i * 4;
+    if (v >= warps) continue;
+    own[i] = partial[v * kTileRows + row];
+    weight[i] = columns[v];
+    mean += weight[i] * own[i].x;
   }
-  return {mean, 1.0f / sqrtf(squares / total + eps)};
+  mean = row_sum(mean) / total;
+  float squares = 0.0f;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) squares += own[i].y + weight[i] * (own[i].x - mean) * (own[i].x - mean);
+  return {mean, 1.0f / sqrtf(row_sum(squares) / total + eps)};
 }
 
 // Makes the compiler unpack the rows again at their next use: kept in fp32 between passes they would not fit the
@@ -113,18 +116,39 @@ __device__ __forceinline__ void add_residual(Raw8<In>& row, const In* residual, 
   row.store(sum);
 }
 
-__device__ __forceinline__ Eight normalise(Eight x, float2 statistics, const Eight& weight, const Eight& bias) {
+// Sums of rows g and g + 8 over this warp's columns, in all lanes of the row. 16-bit values are summed by the tensor
+// cores, against ones: a fifth of the instructions of unpacking and adding.
+template <typename In, int kGroups>
+__device__ __forceinline__ float2 row_totals(const Raw8<In> (&raw)[kGroups][2]) {
+  if constexpr (std::is_same_v<In, float>) {
+    float2 sum{};
 #pragma unroll
-  for (int j = 0; j < 8; ++j) x.v[j] = (x.v[j] - statistics.x) * statistics.y * weight.v[j] + bias.v[j];
-  return x;
+    for (int i = 0; i < kGroups; ++i) {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        sum.x += raw[i][0].e.v[j];
+        sum.y += raw[i][1].e.v[j];
+      }
+    }
+    return {row_sum(sum.x), row_sum(sum.y)};
+  } else {
+    const uint32_t ones = pack2<In>(1.0f, 1.0f);
+    float sum[4] = {};
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i) {
+      const uint4 &a = raw[i][0].q, &b = raw[i][1].q;
+      mma<In>(sum, {a.x, b.x, a.y, b.y}, ones, ones);
+      mma<In>(sum, {a.z, b.z, a.w, b.w}, ones, ones);
+    }
+    return {sum[0], sum[2]};
+  }
 }
 
 // Out where the branch is dropped in part, or stands alone.
 template <typename In, typename Out>
-__device__ __noinline__ void store_branch(const ForwardParams<In, Out>& p, int64_t at, Eight y, uint4 base) {
-  if (p.dropout_p > 0) {
-    const DropoutMask dropout(p.seed, p.dropout_p);
-    const Eight mask = dropout.at(at);
+__device__ __forceinline__ void store_branch(const ForwardParams<In, Out>& p, int64_t at, Eight y, uint4 base) {
+  if (p.dropout.seed != nullptr) {
+    const Eight mask = p.dropout.at(at);
 #pragma unroll
     for (int j = 0; j < 8; ++j) y.v[j] = mask.v[j] > 0 ? y.v[j] * mask.v[j] : 0.0f;
   }
@@ -143,22 +167,30 @@ __global__ void __launch_bounds__(kGroups == 8 ? 192 : 256, std::is_same_v<In, f
   __shared__ float columns[8];  // of each warp of a tile
   const AdapterDims& d = p.dims;
   const int warps = p.warps_per_tile, teams = blockDim.x / 32 / warps;
-  const ForwardLayout layout(d, warps, teams, p.norm);
+  const ForwardLayout& layout = p.layout;
   auto* down = reinterpret_cast<Out*>(shared + layout.down);
   auto* up = reinterpret_cast<Out*>(shared + layout.up);
   auto* mixing = reinterpret_cast<float*>(shared + layout.mixing);
   auto* weight = reinterpret_cast<float*>(shared + layout.weight);
   auto* bias = reinterpret_cast<float*>(shared + layout.bias);
-  fill_code_image(down, d, p.factors.down, p.factors.type, DownIndex{d.block_dim, p.factors.rank});
-  fill_output_image(up, d, p.factors.up, p.factors.type, UpIndex{d.block_dim});
+  fill_zero(shared, layout.weight);
+  __syncthreads();
+  const int factor_size = d.width * d.block_dim;
+  const DownPlace down_place(d, p.factors.rank);
+  const UpPlace up_place(d);
+  scatter(p.factors.down, p.factors.type, factor_size,
+          [&](int i, float v) { down[code_image_at(d, down_place(i))] = convert<Out>(v); });
+  scatter(p.factors.up, p.factors.type, factor_size,
+          [&](int i, float v) { up[output_image_at(d, up_place(i))] = convert<Out>(v); });
   fill_mixing(mixing, d, p.factors);
   if (p.norm) {
-    fill_affine(weight, p.weight, p.affine, d.embed_dim(), 1.0f);
-    fill_affine(bias, p.bias, p.affine, d.embed_dim(), 0.0f);
+    fill_affine(weight, p.weight, p.affine, d.embed_dim, 1.0f);
+    fill_affine(bias, p.bias, p.affine, d.embed_dim, 0.0f);
   }
   if (threadIdx.x < warps) {
     int count = 0;
-    GroupWalk<kEven> walk(threadIdx.x * kGroups, d.groups_per_block(), 0);
+    GroupWalk<kEven> walk(threadIdx.x * kGroups, d.groups_per_block, 0);
+#pragma unroll 1
     for (int i = 0; i < kGroups && walk.live(d); ++i, walk.next()) {
       count += min(kGroupColumns, d.block_dim - walk.local * kGroupColumns);
     }
@@ -173,12 +205,13 @@ __global__ void __launch_bounds__(kGroups == 8 ? 192 : 256, std::is_same_v<In, f
   auto* code = reinterpret_cast<float*>(own + layout.code);               // [slots, 16, padded]
   auto* mixed = reinterpret_cast<Out*>(own + layout.mixed);               // [num_blocks, 16, code_stride]
 
-  const int per_block = d.groups_per_block(), padded = d.padded_width();
-  const int code_stride = d.code_stride(), image_stride = conflict_free_stride(d.block_dim);
-  const int dim = d.embed_dim(), chunks = per_block * 4;
+  const int per_block = d.groups_per_block, padded = d.padded_width;
+  const int code_stride = d.code_stride, image_stride = d.image_stride;
+  const int dim = d.embed_dim, chunks = d.chunks;
   const GroupWalk<kEven> first(v * kGroups, per_block, c);
   const int64_t tiles = (p.num_tokens + kTileRows - 1) / kTileRows;
 
+#pragma unroll 1
   for (int64_t tile = blockIdx.x * int64_t{teams} + team; tile < tiles; tile += int64_t{gridDim.x} * teams) {
     const int64_t row0 = tile * kTileRows + g, row1 = row0 + 8, at0 = row0 * dim, at1 = row1 * dim;
     const bool live0 = row0 < p.num_tokens, live1 = row1 < p.num_tokens;
@@ -207,20 +240,8 @@ __global__ void __launch_bounds__(kGroups == 8 ? 192 : 256, std::is_same_v<In, f
 
     uint4 base[kGroups][2];  // the normalised rows, rounded to the output's type as a norm of its own would
     if (p.norm) {
-      float mean0 = 0.0f, mean1 = 0.0f;
-#pragma unroll
-      for (int i = 0; i < kGroups; ++i) {
-        const Eight a = raw[i][0].floats(), b = raw[i][1].floats();
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-          mean0 += a.v[j];
-          mean1 += b.v[j];
-        }
-      }
-      forget_unpacked(raw);
-      const float share = 1.0f / columns[v];
-      mean0 = row_sum(mean0) * share;
-      mean1 = row_sum(mean1) * share;
+      const float2 totals = row_totals(raw);
+      const float share = 1.0f / columns[v], mean0 = totals.x * share, mean1 = totals.y * share;
       float squares0 = 0.0f, squares1 = 0.0f;
       walk.restart(first);
 #pragma unroll
@@ -241,11 +262,11 @@ __global__ void __launch_bounds__(kGroups == 8 ? 192 : 256, std::is_same_v<In, f
         statistics[v * kTileRows + g + 8] = {mean1, squares1};
       }
       team_sync(team, warps);
-      const float2 s0 = combine_statistics(statistics, columns, warps, g, static_cast<float>(dim), p.eps);
-      const float2 s1 = combine_statistics(statistics, columns, warps, g + 8, static_cast<float>(dim), p.eps);
+      const RowNorm s0 = combine_statistics(statistics, columns, warps, g, c, static_cast<float>(dim), p.eps);
+      const RowNorm s1 = combine_statistics(statistics, columns, warps, g + 8, c, static_cast<float>(dim), p.eps);
       if (v == 0 && c == 0) {
-        if (live0) p.mean[row0] = s0.x, p.rstd[row0] = s0.y;
-        if (live1) p.mean[row1] = s1.x, p.rstd[row1] = s1.y;
+        if (live0) p.mean[row0] = s0.mean, p.rstd[row0] = s0.rstd;
+        if (live1) p.mean[row1] = s1.mean, p.rstd[row1] = s1.rstd;
       }
       walk.restart(first);
 #pragma unroll
@@ -256,8 +277,8 @@ __global__ void __launch_bounds__(kGroups == 8 ? 192 : 256, std::is_same_v<In, f
         }
         const int column = walk.in_row(d, c);
         const Eight w = shared8(weight + column), b = shared8(bias + column);
-        base[i][0] = pack8<Out>(normalise(raw[i][0].floats(), s0, w, b));
-        base[i][1] = pack8<Out>(normalise(raw[i][1].floats(), s1, w, b));
+        base[i][0] = pack8<Out>(affine(normalised(raw[i][0].floats(), s0), w, b));
+        base[i][1] = pack8<Out>(affine(normalised(raw[i][1].floats(), s1), w, b));
       }
     } else if constexpr (std::is_same_v<In, Out>) {
 #pragma unroll
@@ -268,7 +289,8 @@ __global__ void __launch_bounds__(kGroups == 8 ? 192 : 256, std::is_same_v<In, f
     }
 
     // Z: each warp's share of its blocks' codes.
-    for (int t = 0; t < d.code_tiles(); ++t) {
+#pragma unroll 1
+    for (int t = 0; t < d.code_tiles; ++t) {
       float acc[2][4] = {};
       const auto flush = [&](int a) {
         float* slot = code + (v + a) * kTileRows * padded + t * kCodeTile + 2 * c;
@@ -290,13 +312,17 @@ __global__ void __launch_bounds__(kGroups == 8 ? 192 : 256, std::is_same_v<In, f
     team_sync(team, warps);
 
     // H: mixing over blocks, four code columns a thread.
-    const int quads = padded / 4;
-    for (int i = v * 32 + lane; i < d.num_blocks * kTileRows * quads; i += warps * 32) {
-      const int w = i % quads * 4, row = i / quads % kTileRows, b = i / quads / kTileRows;
+#pragma unroll 1
+    for (int i = v * 32 + lane; i < d.num_blocks * d.code_tiles * kTileRows * 4; i += warps * 32) {
+      const int row = i / 4 % kTileRows, rest = i / (4 * kTileRows);  // = block * code_tiles + code tile
+      const int b = d.code_tiles == 1 ? rest : rest / d.code_tiles;
+      const int w = (rest - b * d.code_tiles) * kCodeTile + i % 4 * 4;
       float4 h{};
+#pragma unroll 2
       for (int a = 0; a < d.num_blocks; ++a) {
         const int from = a * per_block / kGroups, to = ((a + 1) * per_block - 1) / kGroups;
         float4 z = *reinterpret_cast<const float4*>(code + ((from + a) * kTileRows + row) * padded + w);
+#pragma unroll 1
         for (int u = from + 1; u <= to; ++u) {
           const float4 more = *reinterpret_cast<const float4*>(code + ((u + a) * kTileRows + row) * padded + w);
           z.x += more.x, z.y += more.y, z.z += more.z, z.w += more.w;
@@ -315,12 +341,13 @@ __global__ void __launch_bounds__(kGroups == 8 ? 192 : 256, std::is_same_v<In, f
     for (int i = 0; i < kGroups; ++i, walk.next()) {
       if (!walk.live(d)) break;
       float acc[4][4] = {};
-      const bool plain = p.add_base && p.dropout_p <= 0;
+      const bool plain = p.add_base && p.dropout.seed == nullptr;
       if (plain) {
         set_output_row(acc, 0, unpack8<Out>(base[i][0]));
         set_output_row(acc, 1, unpack8<Out>(base[i][1]));
       }
-      for (int t = 0; t < d.code_tiles(); ++t) {
+#pragma unroll 1
+      for (int t = 0; t < d.code_tiles; ++t) {
         uint32_t h[4];
         load_a(h, mixed + walk.block * kTileRows * code_stride + t * kCodeTile, code_stride, lane);
         accumulate_output<Out>(acc, h, up, chunks, t, walk.local * 4, g, c);
@@ -355,6 +382,7 @@ void alore_forward(const CudaContext& context, const AloreShape& s, const AloreF
   if (!plan.fused) throw std::runtime_error("alore_forward: no fused kernel for this shape");
   if (s.num_tokens == 0) return;
   const AdapterDims dims{static_cast<int>(s.num_blocks), static_cast<int>(s.block_dim), static_cast<int>(s.width())};
+  const ForwardLayout layout(dims, plan.warps_per_tile, plan.tiles_per_block, s.norm);
   const FactorSource factors{a.adapter.scale, a.adapter.down, a.adapter.up, s.factor,
                              static_cast<int>(s.num_experts), static_cast<int>(s.rank)};
   const auto run = [&](auto in_tag, auto out_tag) {
@@ -362,6 +390,7 @@ void alore_forward(const CudaContext& context, const AloreShape& s, const AloreF
     using Out = typename decltype(out_tag)::type;
     const ForwardParams<In, Out> params{s.num_tokens,
                                         dims,
+                                        layout,
                                         factors,
                                         plan.warps_per_tile,
                                         s.norm,
@@ -376,8 +405,7 @@ void alore_forward(const CudaContext& context, const AloreShape& s, const AloreF
                                         static_cast<In*>(a.sum),
                                         a.mean,
                                         a.rstd,
-                                        a.dropout.seed,
-                                        a.dropout.p};
+                                        DropoutMask(a.dropout.seed, a.dropout.p)};
     switch (plan.groups_per_warp) {
       case 4:
         return launch<In, Out, 4>(context, plan, params);

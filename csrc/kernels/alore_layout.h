@@ -1,12 +1,5 @@
-// How the fused ALoRE kernels lay out shared memory: the same arithmetic for the plan (bytes) and the kernels
-// (offsets).
+// How the fused ALoRE kernels lay out shared memory: the plan asks for the bytes, the kernels get the offsets.
 #pragma once
-
-#ifdef __CUDACC__
-#define ALORE_HD __host__ __device__
-#else
-#define ALORE_HD
-#endif
 
 namespace alore::kernels {
 
@@ -16,36 +9,45 @@ inline constexpr int kCodeTile = 16;      // code columns of an mma tile
 inline constexpr int kMaxBlocks = 8;      // of a token, in the fused kernels
 inline constexpr int kMaxCodeWidth = 64;
 
-ALORE_HD constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
-ALORE_HD constexpr int max_of(int a, int b) { return a > b ? a : b; }
-ALORE_HD constexpr int align_up(int bytes, int to) { return ceil_div(bytes, to) * to; }
+constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+constexpr int max_of(int a, int b) { return a > b ? a : b; }
+constexpr int align_up(int bytes, int to) { return ceil_div(bytes, to) * to; }
 
 // Rows whose stride is 64 bytes past a multiple of 128 let 8 lanes (2 rows x 4 neighbouring 16-byte pieces) read
 // without bank conflicts. Counted in 16-bit elements; at least `columns`, rounded up to a whole group.
-ALORE_HD constexpr int conflict_free_stride(int columns) { return (columns + 31) / 64 * 64 + 32; }
+constexpr int conflict_free_stride(int columns) { return (columns + 31) / 64 * 64 + 32; }
 
 // The same for rows of floats read as two 16-byte pieces a lane.
-ALORE_HD constexpr int conflict_free_stride_fp32(int columns) { return (columns * 4 + 111) / 128 * 32 + 4; }
+constexpr int conflict_free_stride_fp32(int columns) { return (columns * 4 + 111) / 128 * 32 + 4; }
 
-// Sizes that follow from an adapter's shape.
+// An adapter's shape and the sizes that follow from it: worked out once on the host, read from the kernel's parameters.
 struct AdapterDims {
   int num_blocks, block_dim, width;
+  int embed_dim;
+  int groups_per_block, groups;          // of 32 columns; groups never cross a block
+  int code_tiles, padded_width;          // code columns in tiles of 16
+  int code_stride;                       // of a 16-bit code tile's rows, conflict-free for ldmatrix
+  int image_stride;                      // of a code image's rows
+  int chunks;                            // of 8 columns in a block, padded
 
-  ALORE_HD int groups_per_block() const { return ceil_div(block_dim, kGroupColumns); }
-  ALORE_HD int groups() const { return num_blocks * groups_per_block(); }
-  ALORE_HD int code_tiles() const { return ceil_div(width, kCodeTile); }
-  ALORE_HD int padded_width() const { return code_tiles() * kCodeTile; }
-  ALORE_HD int embed_dim() const { return num_blocks * block_dim; }
+  AdapterDims(int blocks, int block, int code_width)
+      : num_blocks(blocks),
+        block_dim(block),
+        width(code_width),
+        embed_dim(blocks * block),
+        groups_per_block(ceil_div(block, kGroupColumns)),
+        groups(blocks * groups_per_block),
+        code_tiles(ceil_div(code_width, kCodeTile)),
+        padded_width(code_tiles * kCodeTile),
+        code_stride(padded_width + 8),
+        image_stride(conflict_free_stride(block)),
+        chunks(groups_per_block * 4) {}
 
-  // Bytes of the factor images (alore_images.cuh).
-  ALORE_HD int code_image_bytes() const { return padded_width() * conflict_free_stride(block_dim) * 2; }
-  ALORE_HD int output_image_bytes() const {
-    return code_tiles() * groups_per_block() * kGroupColumns * kCodeTile * 2;
-  }
-  ALORE_HD int mixing_bytes() const { return num_blocks * num_blocks * padded_width() * 4; }
-  // Row stride of a 16-bit code tile [16, padded_width]: conflict-free for ldmatrix.
-  ALORE_HD int code_stride() const { return padded_width() + 8; }
-  ALORE_HD int affine_bytes() const { return (embed_dim() + kGroupColumns) * 4; }
+  // Bytes of the factors' images (alore_tile.cuh) and of the norm's weight or bias.
+  int code_image_bytes() const { return padded_width * image_stride * 2; }
+  int output_image_bytes() const { return padded_width * chunks * 8 * 2; }
+  int mixing_bytes() const { return num_blocks * num_blocks * padded_width * 4; }
+  int affine_bytes() const { return (embed_dim + kGroupColumns) * 4; }
 };
 
 struct ForwardLayout {
@@ -54,15 +56,15 @@ struct ForwardLayout {
   int statistics = 0, code = 0, mixed = 0;                 // within a team's part
   int bytes = 0;
 
-  ALORE_HD ForwardLayout(const AdapterDims& d, int warps_per_tile, int tiles_per_block, bool norm) {
+  ForwardLayout(const AdapterDims& d, int warps_per_tile, int tiles_per_block, bool norm) {
     up = down + d.code_image_bytes();
     mixing = up + d.output_image_bytes();
     weight = mixing + d.mixing_bytes();
     bias = weight + (norm ? d.affine_bytes() : 0);
     teams = bias + (norm ? d.affine_bytes() : 0);
     code = align_up(warps_per_tile * kTileRows * 8, 16);
-    mixed = code + (warps_per_tile + d.num_blocks - 1) * kTileRows * d.padded_width() * 4;
-    team_bytes = mixed + d.num_blocks * kTileRows * d.code_stride() * 2;
+    mixed = code + (warps_per_tile + d.num_blocks - 1) * kTileRows * d.padded_width * 4;
+    team_bytes = mixed + d.num_blocks * kTileRows * d.code_stride * 2;
     bytes = teams + tiles_per_block * team_bytes;
   }
 };
@@ -79,8 +81,8 @@ struct BackwardLayout {
   int grad = 0, mean = 0, rstd = 0;              // within a stage; x is at 0
   int bytes = 0;
 
-  ALORE_HD BackwardLayout(const AdapterDims& d, int threads, int row_tiles, int num_stages, int key_splits,
-                          bool norm, bool wide_input) {
+  BackwardLayout(const AdapterDims& d, int threads, int row_tiles, int num_stages, int key_splits,
+                 bool norm, bool wide_input) {
     const int rows = row_tiles * kTileRows, tiles = row_tiles * d.num_blocks;
     up = down + d.code_image_bytes();
     down_out = up + d.code_image_bytes();
@@ -88,15 +90,15 @@ struct BackwardLayout {
     weight = mixing + d.mixing_bytes();
     bias = weight + (norm ? d.affine_bytes() : 0);
     down_weight = bias + (norm ? d.affine_bytes() : 0);
-    down_bias = down_weight + (norm ? d.num_blocks * d.padded_width() * 4 : 0);
-    code = down_bias + (norm ? d.num_blocks * d.padded_width() * 4 : 0);
-    grad_mixed = code + key_splits * tiles * kTileRows * d.padded_width() * 4;
-    mixed = grad_mixed + key_splits * tiles * kTileRows * d.padded_width() * 4;
-    grad_code = mixed + tiles * kTileRows * d.code_stride() * 2;
-    row_sums = grad_code + tiles * kTileRows * d.code_stride() * 2;
+    down_bias = down_weight + (norm ? d.num_blocks * d.padded_width * 4 : 0);
+    code = down_bias + (norm ? d.num_blocks * d.padded_width * 4 : 0);
+    grad_mixed = code + key_splits * tiles * kTileRows * d.padded_width * 4;
+    mixed = grad_mixed + key_splits * tiles * kTileRows * d.padded_width * 4;
+    grad_code = mixed + tiles * kTileRows * d.code_stride * 2;
+    row_sums = grad_code + tiles * kTileRows * d.code_stride * 2;
     row_means = row_sums + (norm ? tiles * key_splits * kTileRows * 8 : 0);
     stages = align_up(row_means + (norm ? rows * 2 * 8 : 0), 128);
-    const int dim = d.embed_dim();
+    const int dim = d.embed_dim;
     x_stride = wide_input ? conflict_free_stride_fp32(dim) : conflict_free_stride(dim);
     grad_stride = conflict_free_stride(dim);
     grad = rows * x_stride * (wide_input ? 4 : 2);

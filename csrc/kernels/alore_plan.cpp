@@ -37,9 +37,9 @@ bool choose_groups(const AloreShape& s, const AdapterDims& d, AloreForwardPlan& 
   int best_waste = -1;
   for (int groups : {6, 8, 4}) {
     if (wide && groups == 8) continue;  // fp32 rows would not fit the registers
-    const int warps = ceil_div(d.groups(), groups);
+    const int warps = ceil_div(d.groups, groups);
     if (warps > (groups == 8 ? 6 : 8)) continue;
-    const int waste = warps * groups - d.groups();
+    const int waste = warps * groups - d.groups;
     if (best_waste >= 0 && waste >= best_waste) continue;
     best_waste = waste;
     plan.groups_per_warp = groups;
@@ -62,7 +62,7 @@ AloreForwardPlan plan_alore_forward(const AloreShape& s, const DeviceLimits& dev
     return plan;
   }
   const int64_t tiles = (s.num_tokens + kTileRows - 1) / kTileRows;
-  plan.even = s.block_dim % kGroupColumns == 0 && plan.warps_per_tile * plan.groups_per_warp == d.groups();
+  plan.even = s.block_dim % kGroupColumns == 0 && plan.warps_per_tile * plan.groups_per_warp == d.groups;
   const int most_warps = plan.groups_per_warp == 8 ? 6 : 8;  // of a block, by the registers that a warp takes
   for (plan.tiles_per_block = std::max(1, most_warps / plan.warps_per_tile);; --plan.tiles_per_block) {
     plan.shared_bytes = ForwardLayout(d, plan.warps_per_tile, plan.tiles_per_block, s.norm).bytes;
@@ -88,11 +88,11 @@ AloreBackwardPlan plan_alore_backward(const AloreShape& s, const DeviceLimits& d
     return plan;
   }
   const AdapterDims d = dims_of(s);
-  if (d.padded_width() == 48) {
+  if (d.padded_width == 48) {
     plan.reason = "num_experts * rank between 33 and 48";  // threads are dealt out in powers of two
     return plan;
   }
-  const int items = d.groups_per_block() * d.code_tiles();
+  const int items = d.groups_per_block * d.code_tiles;
   const bool many_blocks = d.num_blocks > 4;  // the mixing's gradient then takes 64 registers a thread
   // 12 warps where that splits the work evenly (block_dim 96, 192, 384), else 8.
   plan.warps = !many_blocks && (items > 8 || 12 % items == 0) && items != 1 && items != 2 && items != 4 ? 12 : 8;
@@ -108,7 +108,7 @@ AloreBackwardPlan plan_alore_backward(const AloreShape& s, const DeviceLimits& d
   // Few tokens: rather more blocks at work than more tokens a block.
   while (plan.row_tiles > 1 && tiles / plan.row_tiles < device.num_sms) plan.row_tiles /= 2;
   for (;; plan.row_tiles /= 2) {
-    plan.key_splits = clamp_int(plan.warps / (plan.row_tiles * d.num_blocks), 1, d.groups_per_block());
+    plan.key_splits = clamp_int(plan.warps / (plan.row_tiles * d.num_blocks), 1, d.groups_per_block);
     for (plan.stages = kMaxStages; plan.stages >= 1; --plan.stages) {
       plan.shared_bytes =
           BackwardLayout(d, 32 * plan.warps, plan.row_tiles, plan.stages, plan.key_splits, s.norm, wide).bytes;

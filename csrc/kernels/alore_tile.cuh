@@ -123,6 +123,26 @@ __device__ __forceinline__ uint4 pack8(const Eight& e) {
   return {pack2<T>(e.v[0], e.v[1]), pack2<T>(e.v[2], e.v[3]), pack2<T>(e.v[4], e.v[5]), pack2<T>(e.v[6], e.v[7])};
 }
 
+// The norm of a row; {0, 1} is no norm.
+struct RowNorm {
+  float mean, rstd;
+};
+
+// (x - mean) * rstd in one instruction a value. mean * rstd is rounded first: an error of 2^-24 of it, far below the
+// 16-bit result's own rounding unless the mean is thousands of times the spread.
+__device__ __forceinline__ Eight normalised(Eight x, RowNorm r) {
+  const float shift = r.mean * r.rstd;
+#pragma unroll
+  for (int j = 0; j < 8; ++j) x.v[j] = x.v[j] * r.rstd - shift;
+  return x;
+}
+
+__device__ __forceinline__ Eight affine(Eight n, const Eight& weight, const Eight& bias) {
+#pragma unroll
+  for (int j = 0; j < 8; ++j) n.v[j] = n.v[j] * weight.v[j] + bias.v[j];
+  return n;
+}
+
 // Raw storage of eight values as loaded: packed for 16-bit types.
 template <typename T>
 struct Raw8 {
@@ -163,16 +183,18 @@ __device__ __forceinline__ Eight shared8(const T* p) {
 
 // The dropout factors (0 or 1 / (1 - p)) of 8 elements from `element`, a multiple of 4: dropout.h's mask.
 struct DropoutMask {
-  uint64_t key;
+  const int64_t* seed;  // null: nothing is dropped
   uint32_t threshold;
   float scale;
 
-  __device__ DropoutMask() : key(0), threshold(0), scale(0.0f) {}
-  __device__ DropoutMask(const int64_t* seed, double p)
-      : key(static_cast<uint64_t>(*seed)), threshold(drop_threshold(p)), scale(static_cast<float>(1.0 / (1.0 - p))) {}
+  explicit DropoutMask(const int64_t* device_seed, double p)
+      : seed(p > 0 ? device_seed : nullptr),
+        threshold(drop_threshold(p)),
+        scale(static_cast<float>(1.0 / (1.0 - p))) {}
 
   __device__ __forceinline__ Eight at(int64_t element) const {
     Eight m;
+    const auto key = static_cast<uint64_t>(*seed);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const Philox4 bits = philox(key, static_cast<uint64_t>(element / 4 + half));
@@ -190,36 +212,83 @@ struct FactorSource {
   int num_experts, rank;
 };
 
-__device__ __forceinline__ float factor_at(const void* p, DType type, int64_t i) {
-  if (type == DType::kFloat32) return static_cast<const float*>(p)[i];
-  if (type == DType::kBFloat16) return __bfloat162float(static_cast<const __nv_bfloat16*>(p)[i]);
-  return __half2float(static_cast<const __half*>(p)[i]);
+// Loaded and converted apart, without a branch a type: the code stands in many places.
+__device__ __forceinline__ uint32_t factor_bits(const void* p, bool wide, int i) {
+  return wide ? __ldg(static_cast<const uint32_t*>(p) + i) : __ldg(static_cast<const uint16_t*>(p) + i);
 }
 
-// Which entry of a factor belongs at (code column w, block column j).
-struct DownIndex {  // down [num_experts, block_dim, rank]
-  int block_dim, rank;
-  __device__ int64_t operator()(int w, int j) const {
-    return (static_cast<int64_t>(w / rank) * block_dim + j) * rank + w % rank;
+__device__ __forceinline__ float factor_value(uint32_t bits, DType type) {
+  const float half = __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
+  return __uint_as_float(type == DType::kFloat32    ? bits
+                         : type == DType::kBFloat16 ? bits << 16
+                                                    : __float_as_uint(half));
+}
+
+// n / d for 0 <= n < 2^21, by one multiplication: the quotient's distance from an integer is at least 1 / (2 d) once
+// half is added, more than fp32 rounding can move it.
+struct FastDivide {
+  int divisor;
+  float inverse;
+  __device__ explicit FastDivide(int d) : divisor(d), inverse(1.0f / static_cast<float>(d)) {}
+  __device__ __forceinline__ int quotient(int n) const {
+    return static_cast<int>((static_cast<float>(n) + 0.5f) * inverse);
   }
 };
 
-struct UpIndex {  // up [num_experts, rank, block_dim]: code column w = expert * rank + k is row w
-  int block_dim;
-  __device__ int64_t operator()(int w, int j) const { return static_cast<int64_t>(w) * block_dim + j; }
-};
-
-// Code image [padded_width, stride]: row w holds a factor's column w over the block, zeros outside. The B operand of
-// products that sum over a block's columns: lane (g, c) reads 16 bytes, columns 8c .. 8c+7 of code column g.
-template <typename T, typename Index>
-__device__ void fill_code_image(T* image, const AdapterDims& d, const void* factor, DType type, Index index) {
-  const int stride = conflict_free_stride(d.block_dim), total = d.padded_width() * stride;
-  for (int i = threadIdx.x; i < total; i += blockDim.x) {
-    const int w = i / stride, j = i % stride;
-    const bool inside = w < d.width && j < d.block_dim;
-    image[i] = convert<T>(inside ? factor_at(factor, type, index(w, j)) : 0.0f);
+// Calls put(i, source[i]) for every i < count, the block's threads side by side. A batch of loads is in flight
+// before the first value is used.
+template <typename Put>
+__device__ __forceinline__ void scatter(const void* source, DType type, int count, Put put) {
+  constexpr int kBatch = 8;
+  const bool wide = type == DType::kFloat32;
+#pragma unroll 1
+  for (int first = threadIdx.x; first < count; first += kBatch * blockDim.x) {
+    uint32_t bits[kBatch];
+#pragma unroll
+    for (int u = 0; u < kBatch; ++u) {
+      const int i = first + u * blockDim.x;
+      bits[u] = i < count ? factor_bits(source, wide, i) : 0;
+    }
+#pragma unroll
+    for (int u = 0; u < kBatch; ++u) {
+      const int i = first + u * blockDim.x;
+      if (i < count) put(i, factor_value(bits[u], type));
+    }
   }
 }
+
+__device__ inline void fill_zero(unsigned char* shared, int bytes) {  // a multiple of 16
+#pragma unroll 4
+  for (int i = threadIdx.x * 16; i < bytes; i += blockDim.x * 16) *reinterpret_cast<uint4*>(shared + i) = {0, 0, 0, 0};
+}
+
+// Where entry i of a factor belongs: code column w, block column j.
+struct CodePlace {
+  int w, j;
+};
+
+struct DownPlace {  // down [num_experts, block_dim, rank]
+  FastDivide expert, column;
+  int rank;
+  __device__ DownPlace(const AdapterDims& d, int r) : expert(d.block_dim * r), column(r), rank(r) {}
+  __device__ __forceinline__ CodePlace operator()(int i) const {
+    const int e = expert.quotient(i), rest = i - e * expert.divisor, j = column.quotient(rest);
+    return {e * rank + rest - j * rank, j};
+  }
+};
+
+struct UpPlace {  // up [num_experts, rank, block_dim]: code column w = expert * rank + k is row w
+  FastDivide row;
+  __device__ explicit UpPlace(const AdapterDims& d) : row(d.block_dim) {}
+  __device__ __forceinline__ CodePlace operator()(int i) const {
+    const int w = row.quotient(i);
+    return {w, i - w * row.divisor};
+  }
+};
+
+// Code image [padded_width, image_stride]: row w holds a factor's column w over the block, zeros outside. The B operand
+// of products that sum over a block's columns: lane (g, c) reads 16 bytes, columns 8c .. 8c+7 of code column g.
+__device__ __forceinline__ int code_image_at(const AdapterDims& d, CodePlace p) { return p.w * d.image_stride + p.j; }
 
 // Output image: the B operand of products that sum over the code, [code tile, column / 8][pair][parity][lane][8]: a
 // lane's 16 bytes are its code columns 2c, 2c+1, 2c+8, 2c+9 for two neighbouring output tiles. Output tile t of a
@@ -228,35 +297,31 @@ __device__ __forceinline__ int output_image_at(int chunks, int code_tile, int ch
   return ((((code_tile * chunks + chunk) * 2 + pair) * 2 + parity) * 4 + c) * 8;
 }
 
-template <typename T, typename Index>
-__device__ void fill_output_image(T* image, const AdapterDims& d, const void* factor, DType type, Index index) {
-  const int columns = d.groups_per_block() * kGroupColumns, chunks = columns / 8;
-  const int total = d.padded_width() * columns;
-  for (int i = threadIdx.x; i < total; i += blockDim.x) {
-    const int w = i / columns, j = i % columns;
-    const int u = w % kCodeTile, tile = j % 8 / 2;
-    const int at = output_image_at(chunks, w / kCodeTile, j / 8, tile / 2, j % 2, u % 8 / 2) + tile % 2 * 4 +
-                   u / 8 * 2 + u % 2;
-    const bool inside = w < d.width && j < d.block_dim;
-    image[at] = convert<T>(inside ? factor_at(factor, type, index(w, j)) : 0.0f);
-  }
+__device__ __forceinline__ int output_image_at(const AdapterDims& d, CodePlace p) {
+  const int u = p.w % kCodeTile, tile = p.j % 8 / 2;
+  return output_image_at(d.chunks, p.w / kCodeTile, p.j / 8, tile / 2, p.j % 2, u % 8 / 2) + tile % 2 * 4 + u / 8 * 2 +
+         u % 2;
 }
 
-// mixing[a, b, w] = scale[expert of w, a, b], 0 for padding.
+// mixing[a, b, w] = scale[expert of w, a, b]; zeros were there before.
 __device__ inline void fill_mixing(float* mixing, const AdapterDims& d, const FactorSource& f) {
-  const int padded = d.padded_width(), total = d.num_blocks * d.num_blocks * padded;
-  for (int i = threadIdx.x; i < total; i += blockDim.x) {
-    const int w = i % padded, ab = i / padded;
-    const int e = w / f.rank;
-    mixing[i] = w < d.width ? factor_at(f.scale, f.type, e * d.num_blocks * d.num_blocks + ab) : 0.0f;
-  }
+  const int pairs = d.num_blocks * d.num_blocks;
+  const FastDivide expert(pairs);
+  scatter(f.scale, f.type, f.num_experts * pairs, [&](int i, float v) {
+    const int e = expert.quotient(i), ab = i - e * pairs;
+#pragma unroll 1
+    for (int k = 0; k < f.rank; ++k) mixing[ab * d.padded_width + e * f.rank + k] = v;
+  });
 }
 
 // The norm's weight or bias as floats, `missing` where there is none; zeros past the end.
 __device__ inline void fill_affine(float* out, const void* vector, DType type, int dim, float missing) {
-  for (int i = threadIdx.x; i < dim + kGroupColumns; i += blockDim.x) {
-    out[i] = i >= dim ? 0.0f : vector == nullptr ? missing : factor_at(vector, type, i);
+  if (vector == nullptr) {
+    for (int i = threadIdx.x; i < dim; i += blockDim.x) out[i] = missing;
+  } else {
+    scatter(vector, type, dim, [&](int i, float v) { out[i] = v; });
   }
+  if (threadIdx.x < kGroupColumns) out[dim + threadIdx.x] = 0.0f;
 }
 
 // code[16, 16 columns of `code_tile`] += values[16, 32] @ image: two mma in depth, two tiles in width. rows g and g+8
