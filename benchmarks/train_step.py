@@ -19,6 +19,7 @@ from pathlib import Path
 
 import timm
 import torch
+import torch._dynamo
 from steps import report
 from steps.methods import METHODS
 from steps.places import find_places
@@ -169,10 +170,20 @@ class Bench:
 
     def clean_up(self):
         """Nothing of a method, nor of its compiled code, is left for the next."""
-        torch._dynamo.reset()
+        if self.mode == "compile":
+            torch._dynamo.reset()
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def skip_peft(args):
+    """Takes PEFT's methods out, with one line."""
+    skipped = [name for name in [*args.methods, *(args.profile or [])] if METHODS[name].kind == "PEFT"]
+    if skipped:
+        print(f"peft is not installed: {', '.join(dict.fromkeys(skipped))} skipped")
+        args.methods = [name for name in args.methods if name not in skipped]
+        args.profile = args.profile and [name for name in args.profile if name not in skipped]
 
 
 def main(argv=None):
@@ -180,14 +191,12 @@ def main(argv=None):
     args = parse_args(argv)
     device = torch.device(args.device)
     if importlib.util.find_spec("peft") is None:
-        wanted = len(args.methods)
-        args.methods = [name for name in args.methods if METHODS[name].kind != "PEFT"]
-        if len(args.methods) < wanted:
-            print("peft is not installed: its methods are skipped")
-    # All methods' compiled code lives side by side where they take turns; beyond its limit dynamo would silently run
-    # eagerly.
-    torch._dynamo.config.recompile_limit = 64
-    torch._dynamo.config.fail_on_recompile_limit_hit = True
+        skip_peft(args)
+    if "compile" in args.mode:
+        # All methods' compiled code lives side by side where they take turns; beyond its limit dynamo would run eagerly
+        # without a word.
+        torch._dynamo.config.recompile_limit = 64
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
 
     head = report.environment(args, device)
     weights = f"fp32 under {args.dtype} autocast" if args.autocast else args.dtype
@@ -197,12 +206,12 @@ def main(argv=None):
     for batch in args.batch:
         for mode in args.mode:
             bench = Bench(args, base, batch, mode, device)
-            if args.profile:
+            if args.profile is not None:
                 bench.profiles()
             else:
                 rows += bench.in_turns() if args.interleave else bench.one_by_one()
             failures += bench.failures
-    if args.out and not args.profile:
+    if args.out and args.profile is None:
         report.write(head, rows, failures, args.out)
     return 1 if failures else 0
 

@@ -70,9 +70,16 @@ def freeze(model):
 
 
 def floor(model, places: Places):
-    """The frozen backbone, with a backward pass through every block."""
-    first_block = model.get_submodule(places.first_block)
-    first_block.register_forward_pre_hook(lambda _, args: (args[0].detach().requires_grad_(),))
+    """The frozen backbone, with a backward pass through every block down to the first one's input."""
+    leaf = torch.zeros((), device=next(model.parameters()).device, requires_grad=True)
+
+    def ask_for_gradient(_, args):
+        if torch.compiler.is_compiling():
+            # dynamo breaks the graph at requires_grad_; adding a scalar that trains costs nothing once it is fused.
+            return (args[0] + leaf,)
+        return (args[0].detach().requires_grad_(),)
+
+    model.get_submodule(places.first_block).register_forward_pre_hook(ask_for_gradient)
     return freeze(model)
 
 

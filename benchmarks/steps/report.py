@@ -41,6 +41,7 @@ def environment(args, device):
         if device.type == "cuda"
         else f"CPU, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
         "timm": timm.__version__,
         "model": args.model,
         "model_kwargs": args.model_kwargs,
@@ -84,7 +85,7 @@ def plot(head, rows, path):
 
     settings = list(dict.fromkeys((row["batch"], row["mode"]) for row in rows))
     panels = [[row for row in rows if (row["batch"], row["mode"]) == setting] for setting in settings]
-    height = 1.6 + 0.32 * max(map(len, panels))
+    height = 1.9 + 0.32 * max(map(len, panels))
     figure, axes = plt.subplots(
         1, len(panels), figsize=(1.2 + 3.6 * len(panels), height), squeeze=False, layout="constrained"
     )
@@ -96,11 +97,12 @@ def plot(head, rows, path):
         axis.invert_yaxis()
         axis.axvline(1.0, color="black", linewidth=0.8, linestyle="--")
         axis.set_xlim(0, limit)
+        axis.tick_params(axis="x", labelsize=8)
+        axis.set_xlabel("training step / frozen backbone's step", fontsize=9)
         axis.set_title(f"batch {batch}, {mode}", fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
     dtype = f"fp32 weights, {head['dtype']} autocast" if head["autocast"] else head["dtype"]
     figure.suptitle(f"{head['model']}, {dtype}, {head['machine']}", fontsize=10)
-    figure.supxlabel("training step / frozen backbone's step", fontsize=9)
     kinds = [kind for kind in COLOURS if any(row["kind"] == kind for row in rows)]
     figure.legend(
         handles=[Patch(color=COLOURS[kind], label=kind) for kind in kinds],

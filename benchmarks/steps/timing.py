@@ -21,7 +21,7 @@ class Step:
     def __init__(self, model, images, labels, mode, autocast=None):
         self.images, self.labels, self.autocast = images, labels, autocast
         self.trainable = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.trainable, lr=1e-4, fused=images.is_cuda, capturable=mode == "graph")
+        self.optimizer = torch.optim.AdamW(self.trainable, lr=1e-4, fused=True, capturable=mode == "graph")
         self.forward = torch.compile(model) if mode == "compile" else model
         self.graph = None
         if mode == "graph":
