@@ -53,12 +53,22 @@ __device__ __forceinline__ float lanes_sum(float v, int lanes) {
 
 constexpr int max_threads(int max_blocks) { return max_blocks > 4 ? 256 : 384; }
 
-template <typename In, typename Out, int kBlocks, int kItems>
+// What a kernel is compiled for, as in alore_fwd.cu: the fast paths fix kBlocks blocks of whole groups, one code tile
+// and no dropout.
+enum class Path { kNorm, kBare, kGeneral };
+
+template <typename In, typename Out, int kBlocks, int kItems, Path kPath>
 __global__ void __launch_bounds__(max_threads(kBlocks), 1)
     alore_backward_kernel(const __grid_constant__ BackwardParams<In, Out> p) {
   extern __shared__ __align__(128) unsigned char shared[];
-  constexpr bool kWide = std::is_same_v<In, float>;
+  constexpr bool kWide = std::is_same_v<In, float>, kFast = kPath != Path::kGeneral;
   const AdapterDims& d = p.dims;
+  const bool norm = kFast ? kPath == Path::kNorm : p.norm;
+  const bool add_base = kPath == Path::kNorm || p.add_base;
+  const bool drops = !kFast && p.dropout.seed != nullptr;
+  const int num_blocks = kFast ? kBlocks : d.num_blocks, code_tiles = kFast ? 1 : d.code_tiles;
+  const int padded = kFast ? kCodeTile : d.padded_width, code_stride = kFast ? kCodeTile + 8 : d.code_stride;
+  const int log_width = kFast ? 4 : p.log_width;
   const BackwardLayout& layout = p.layout;
   const auto at = [&](int offset) { return shared + offset; };
   auto* down = reinterpret_cast<Out*>(at(layout.down));
@@ -67,6 +77,7 @@ __global__ void __launch_bounds__(max_threads(kBlocks), 1)
   auto* mixing = reinterpret_cast<float*>(at(layout.mixing));
   auto* weight = reinterpret_cast<float*>(at(layout.weight));
   auto* bias = reinterpret_cast<float*>(at(layout.bias));
+  auto* affine_image = reinterpret_cast<Out*>(at(layout.affine_image));  // [weight, its rest, bias, its rest][columns]
   auto* down_weight = reinterpret_cast<float*>(at(layout.down_weight));
   auto* down_bias = reinterpret_cast<float*>(at(layout.down_bias));
   auto* code = reinterpret_cast<float*>(at(layout.code));
@@ -78,10 +89,8 @@ __global__ void __launch_bounds__(max_threads(kBlocks), 1)
 
   const int lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
   const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  const int dim = d.embed_dim, per_block = d.groups_per_block, padded = d.padded_width;
-  const int code_tiles = d.code_tiles, code_stride = d.code_stride, chunks = d.chunks;
-  const int image_stride = d.image_stride;
-  const int rows = p.row_tiles * kTileRows, row_blocks = p.row_tiles * d.num_blocks;
+  const int dim = d.embed_dim, per_block = d.groups_per_block, chunks = d.chunks, image_stride = d.image_stride;
+  const int rows = p.row_tiles * kTileRows, row_blocks = p.row_tiles * num_blocks;
   const int64_t tiles = (p.num_tokens + rows - 1) / rows;
   const int code_elements = row_blocks * kTileRows * padded;  // of one key split
 
@@ -106,7 +115,7 @@ __global__ void __launch_bounds__(max_threads(kBlocks), 1)
           copy_async_16(grad_to + row * layout.grad_stride + column, p.grad_out + from + column, live);
         }
       }
-      if (p.norm && threadIdx.x < rows) {
+      if (norm && threadIdx.x < rows) {
         const bool live = first + threadIdx.x < p.num_tokens;
         const int64_t from = live ? first + threadIdx.x : 0;
         copy_async_4(to + layout.mean + threadIdx.x * 4, p.mean + from, live);
@@ -119,7 +128,7 @@ __global__ void __launch_bounds__(max_threads(kBlocks), 1)
 
   fill_zero(shared, layout.weight);
   __syncthreads();
-  const int scale_size = p.factors.num_experts * d.num_blocks * d.num_blocks, factor_size = d.width * d.block_dim;
+  const int scale_size = p.factors.num_experts * num_blocks * num_blocks, factor_size = d.width * d.block_dim;
   const DownPlace down_place(d, p.factors.rank);
   const UpPlace up_place(d);
   scatter(p.factors.down, p.factors.type, factor_size, [&](int i, float v) {
@@ -131,13 +140,21 @@ __global__ void __launch_bounds__(max_threads(kBlocks), 1)
   scatter(p.factors.up, p.factors.type, factor_size,
           [&](int i, float v) { up[code_image_at(d, up_place(i))] = convert<Out>(v); });
   fill_mixing(mixing, d, p.factors);
-  if (p.norm) {
+  if (norm) {
     fill_affine(weight, p.weight, p.affine, dim, 1.0f);
     fill_affine(bias, p.bias, p.affine, dim, 0.0f);
     __syncthreads();
 #pragma unroll 1
-    for (int i = warp; i < d.num_blocks << p.log_width; i += warps) {
-      const int block = i >> p.log_width, w = i & (padded - 1);
+    for (int i = threadIdx.x; i < dim; i += blockDim.x) {
+      const Out high_weight = convert<Out>(weight[i]), high_bias = convert<Out>(bias[i]);
+      affine_image[i] = high_weight;
+      affine_image[layout.grad_stride + i] = convert<Out>(weight[i] - convert<float>(high_weight));
+      affine_image[2 * layout.grad_stride + i] = high_bias;
+      affine_image[3 * layout.grad_stride + i] = convert<Out>(bias[i] - convert<float>(high_bias));
+    }
+#pragma unroll 1
+    for (int i = warp; i < num_blocks << log_width; i += warps) {
+      const int block = i >> log_width, w = i & (padded - 1);
       float of_weight = 0.0f, of_bias = 0.0f;
       for (int j = lane; j < d.block_dim; j += 32) {
         const float factor = convert<float>(down[w * image_stride + j]);
@@ -190,51 +207,57 @@ __global__ void __launch_bounds__(max_threads(kBlocks), 1)
     // ---- codes
 #pragma unroll 1
     for (int i = warp; i < row_blocks * p.key_splits; i += warps) {
-      const int split = i % p.key_splits, block = i / p.key_splits % d.num_blocks;
-      const int row_tile = i / p.key_splits / d.num_blocks;
+      const int split = i % p.key_splits, block = i / p.key_splits % num_blocks;
+      const int row_tile = i / p.key_splits / num_blocks;
       const int row0 = row_tile * kTileRows + g, row1 = row0 + 8;
-      const RowNorm n0{p.norm ? means[row0] : 0.0f, p.norm ? rstds[row0] : 1.0f};
-      const RowNorm n1{p.norm ? means[row1] : 0.0f, p.norm ? rstds[row1] : 1.0f};
+      const RowNorm n0{norm ? means[row0] : 0.0f, norm ? rstds[row0] : 1.0f};
+      const RowNorm n1{norm ? means[row1] : 0.0f, norm ? rstds[row1] : 1.0f};
       const int begin = per_block * split / p.key_splits, end = per_block * (split + 1) / p.key_splits;
-      float2 sums0{}, sums1{};
+      // Of the undropped gradient with weight and bias (their 16-bit halves in two columns each), and with the base's
+      // rows, of which the diagonal counts.
+      float affine_sums[4] = {}, gram0[4] = {}, gram1[4] = {};
 #pragma unroll 1
       for (int t = 0; t < code_tiles; ++t) {
         float z[2][4] = {}, dh[2][4] = {};
 #pragma unroll 1
         for (int group = begin; group < end; ++group) {
           const int local = group * kGroupColumns + c * 8, column = block * d.block_dim + local;
-          uint4 base0{}, base1{}, grad0{}, grad1{};
-          if (local < d.block_dim) {
+          const bool inside = kFast || local < d.block_dim;
+          uint4 base0{}, base1{}, grad0{}, grad1{}, undropped0{}, undropped1{};
+          if (inside) {
             grad0 = *reinterpret_cast<const uint4*>(grad_rows + row0 * layout.grad_stride + column);
             grad1 = *reinterpret_cast<const uint4*>(grad_rows + row1 * layout.grad_stride + column);
-            if (p.norm) {
-              const Eight a = normalised(shared8(x_rows + row0 * layout.x_stride + column), n0);
-              const Eight b = normalised(shared8(x_rows + row1 * layout.x_stride + column), n1);
+            if (norm) {
               const Eight w = shared8(weight + column), o = shared8(bias + column);
-              base0 = pack8<Out>(affine(a, w, o));
-              base1 = pack8<Out>(affine(b, w, o));
-              if (t == 0 && p.add_base) {
-                const Eight e = unpack8<Out>(grad0), f = unpack8<Out>(grad1);
-#pragma unroll
-                for (int j = 0; j < 8; ++j) {
-                  const float u = e.v[j] * w.v[j], v = f.v[j] * w.v[j];
-                  sums0.x += u, sums0.y += u * a.v[j];
-                  sums1.x += v, sums1.y += v * b.v[j];
-                }
-              }
+              base0 = pack8<Out>(affine(normalised(shared8(x_rows + row0 * layout.x_stride + column), n0), w, o));
+              base1 = pack8<Out>(affine(normalised(shared8(x_rows + row1 * layout.x_stride + column), n1), w, o));
             } else if constexpr (!kWide) {
               base0 = *reinterpret_cast<const uint4*>(x_rows + row0 * layout.x_stride + column);
               base1 = *reinterpret_cast<const uint4*>(x_rows + row1 * layout.x_stride + column);
             }
-            if (p.dropout.seed != nullptr) {
+            if (drops) {
+              undropped0 = grad0;
+              undropped1 = grad1;
               grad0 = dropped<Out>(grad0, p.dropout, (first_row + row0) * dim + column);
               grad1 = dropped<Out>(grad1, p.dropout, (first_row + row1) * dim + column);
             }
           }
+          if (norm && t == 0) {
+            const uint4 &u = drops ? undropped0 : grad0, &v = drops ? undropped1 : grad1;
+            const uint32_t low[4] = {u.x, v.x, u.y, v.y}, high[4] = {u.z, v.z, u.w, v.w};
+            const uint4 b = g < 4 ? load_shared_16(affine_image + g * layout.grad_stride + (inside ? column : 0))
+                                  : uint4{0, 0, 0, 0};
+            mma<Out>(affine_sums, low, b.x, b.y);
+            mma<Out>(gram0, low, base0.x, base0.y);
+            mma<Out>(gram1, low, base1.x, base1.y);
+            mma<Out>(affine_sums, high, b.z, b.w);
+            mma<Out>(gram0, high, base0.z, base0.w);
+            mma<Out>(gram1, high, base1.z, base1.w);
+          }
           accumulate_code<Out>(z, base0, base1, down, image_stride, t, local, g);
           accumulate_code<Out>(dh, grad0, grad1, up, image_stride, t, local, g);
         }
-        const int to = split * code_elements + (row_tile * d.num_blocks + block) * kTileRows * padded + t * kCodeTile;
+        const int to = split * code_elements + (row_tile * num_blocks + block) * kTileRows * padded + t * kCodeTile;
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
           const int upper = to + g * padded + n * 8 + 2 * c, lower = upper + 8 * padded;
@@ -244,12 +267,16 @@ __global__ void __launch_bounds__(max_threads(kBlocks), 1)
           *reinterpret_cast<float2*>(grad_mixed + lower) = {dh[n][2], dh[n][3]};
         }
       }
-      if (p.norm) {
-        sums0 = {row_sum(sums0.x), row_sum(sums0.y)};
-        sums1 = {row_sum(sums1.x), row_sum(sums1.y)};
+      if (norm) {
+        // Lane 0 of a row has the weight's columns, lane 1 the bias's, lane g / 2 the diagonal's entry.
+        const int quad = lane & ~3;
+        const float diagonal0 = __shfl_sync(0xffffffffu, g % 2 ? gram0[1] : gram0[0], quad | g / 2);
+        const float diagonal1 = __shfl_sync(0xffffffffu, g % 2 ? gram1[3] : gram1[2], quad | g / 2);
+        const float bias0 = __shfl_sync(0xffffffffu, affine_sums[0] + affine_sums[1], quad | 1);
+        const float bias1 = __shfl_sync(0xffffffffu, affine_sums[2] + affine_sums[3], quad | 1);
         if (c == 0) {
-          row_sums[i * kTileRows + g] = sums0;
-          row_sums[i * kTileRows + g + 8] = sums1;
+          row_sums[i * kTileRows + g] = {affine_sums[0] + affine_sums[1], diagonal0 - bias0};
+          row_sums[i * kTileRows + g + 8] = {affine_sums[2] + affine_sums[3], diagonal1 - bias1};
         }
       }
     }
@@ -258,16 +285,15 @@ __global__ void __launch_bounds__(max_threads(kBlocks), 1)
     // ---- mixing: a thread takes code column threadIdx.x % padded of some rows
     const int w = threadIdx.x & (padded - 1);
 #pragma unroll 1
-    for (int row = threadIdx.x >> p.log_width; row < rows; row += blockDim.x >> p.log_width) {
+    for (int row = threadIdx.x >> log_width; row < rows; row += blockDim.x >> log_width) {
       const int row_tile = row / kTileRows, t = row % kTileRows;
-      const int from = (row_tile * d.num_blocks * kTileRows + t) * padded + w;
-      float z[kBlocks], dh[kBlocks];
-#pragma unroll
-      for (int a = 0; a < kBlocks; ++a) {
-        z[a] = dh[a] = 0.0f;
-        if (a >= d.num_blocks) continue;
+      const int from = (row_tile * num_blocks * kTileRows + t) * padded + w;
+      float z[kBlocks] = {}, dh[kBlocks] = {};
 #pragma unroll 1
-        for (int split = 0; split < p.key_splits; ++split) {
+      for (int split = 0; split < p.key_splits; ++split) {
+#pragma unroll
+        for (int a = 0; a < kBlocks; ++a) {
+          if (a >= num_blocks) continue;
           const int element = split * code_elements + from + a * kTileRows * padded;
           z[a] += code[element];
           dh[a] += grad_mixed[element];
@@ -276,32 +302,32 @@ __global__ void __launch_bounds__(max_threads(kBlocks), 1)
       float of_weight = 0.0f, of_normalised = 0.0f;
 #pragma unroll
       for (int a = 0; a < kBlocks; ++a) {
-        if (a >= d.num_blocks) continue;
+        if (a >= num_blocks) continue;
         float h = 0.0f, dz = 0.0f;
 #pragma unroll
         for (int b = 0; b < kBlocks; ++b) {
-          if (b >= d.num_blocks) continue;
-          h += mixing[(b * d.num_blocks + a) * padded + w] * z[b];
-          dz += mixing[(a * d.num_blocks + b) * padded + w] * dh[b];
+          if (b >= num_blocks) continue;
+          h += mixing[(b * num_blocks + a) * padded + w] * z[b];
+          dz += mixing[(a * num_blocks + b) * padded + w] * dh[b];
           scale_sum[a][b] += z[a] * dh[b];
         }
-        const int to = ((row_tile * d.num_blocks + a) * kTileRows + t) * code_stride + w;
+        const int to = ((row_tile * num_blocks + a) * kTileRows + t) * code_stride + w;
         mixed[to] = convert<Out>(h);
         grad_code[to] = convert<Out>(dz);
-        if (p.norm) {
+        if (norm) {
           of_weight += dz * down_weight[a * padded + w];
           of_normalised += dz * (z[a] - down_bias[a * padded + w]);
         }
       }
-      if (p.norm) {
+      if (norm) {
         const int lanes = min(padded, 32), half = w / 32;
         of_weight = lanes_sum(of_weight, lanes);
         of_normalised = lanes_sum(of_normalised, lanes);
         if (w % 32 == 0) {
           if (half == 0) {
-            const int first = row_tile * d.num_blocks * p.key_splits;
+            const int first = row_tile * num_blocks * p.key_splits;
 #pragma unroll 1
-            for (int s = first; s < first + d.num_blocks * p.key_splits; ++s) {
+            for (int s = first; s < first + num_blocks * p.key_splits; ++s) {
               of_weight += row_sums[s * kTileRows + t].x;
               of_normalised += row_sums[s * kTileRows + t].y;
             }
@@ -320,10 +346,10 @@ __global__ void __launch_bounds__(max_threads(kBlocks), 1)
       if (item >= items || part >= p.parts) break;
       const int group = item % per_block, code_tile = item / per_block;
       const int local = group * kGroupColumns + c * 8;
-      const bool inside = local < d.block_dim;
+      const bool inside = kFast || local < d.block_dim;
 #pragma unroll 1
       for (int rb = part, row_tile = 0, block = part; rb < row_blocks; rb += p.parts, block += p.parts) {
-        while (block >= d.num_blocks) block -= d.num_blocks, ++row_tile;
+        while (block >= num_blocks) block -= num_blocks, ++row_tile;
         const int row0 = row_tile * kTileRows + g, row1 = row0 + 8, column = block * d.block_dim + local;
         uint4 grad0{}, grad1{}, base0{}, base1{};
         Eight n0{}, n1{}, w{};
@@ -331,7 +357,7 @@ __global__ void __launch_bounds__(max_threads(kBlocks), 1)
         if (inside) {
           grad0 = *reinterpret_cast<const uint4*>(grad_rows + row0 * layout.grad_stride + column);
           grad1 = *reinterpret_cast<const uint4*>(grad_rows + row1 * layout.grad_stride + column);
-          if (p.norm) {
+          if (norm) {
             r0 = {means[row0], rstds[row0]};
             r1 = {means[row1], rstds[row1]};
             n0 = normalised(shared8(x_rows + row0 * layout.x_stride + column), r0);
@@ -346,11 +372,11 @@ __global__ void __launch_bounds__(max_threads(kBlocks), 1)
           }
         }
         float dbase[4][4] = {};
-        if (p.add_base) {
+        if (add_base) {
           set_output_row(dbase, 0, unpack8<Out>(grad0));
           set_output_row(dbase, 1, unpack8<Out>(grad1));
         }
-        if (p.dropout.seed != nullptr && inside) {
+        if (drops && inside) {
           grad0 = dropped<Out>(grad0, p.dropout, (first_row + row0) * dim + column);
           grad1 = dropped<Out>(grad1, p.dropout, (first_row + row1) * dim + column);
         }
@@ -366,7 +392,7 @@ __global__ void __launch_bounds__(max_threads(kBlocks), 1)
         mma<Out>(down_sum[k][1], a, transpose8x8(base0.y), transpose8x8(base1.y));
         mma<Out>(down_sum[k][2], a, transpose8x8(base0.z), transpose8x8(base1.z));
         mma<Out>(down_sum[k][3], a, transpose8x8(base0.w), transpose8x8(base1.w));
-        if (code_tile != 0 || p.grad_x == nullptr) continue;  // one of the warps on these columns writes them
+        if ((!kFast && code_tile != 0) || p.grad_x == nullptr) continue;  // one of the warps on these columns writes them
 
 #pragma unroll 1
         for (int t = 0; t < code_tiles; ++t) {
@@ -379,7 +405,7 @@ __global__ void __launch_bounds__(max_threads(kBlocks), 1)
           const int row = r == 0 ? row0 : row1;
           if (first_row + row >= p.num_tokens) continue;
           Eight dx = output_row(dbase, r);
-          if (p.norm) {
+          if (norm) {
             const float2 m0 = row_means[row * 2];
             const float2 m1 = padded > 32 ? row_means[row * 2 + 1] : float2{0.0f, 0.0f};
             const float rstd = r == 0 ? r0.rstd : r1.rstd;
@@ -389,7 +415,7 @@ __global__ void __launch_bounds__(max_threads(kBlocks), 1)
             for (int j = 0; j < 8; ++j) dx.v[j] = dx.v[j] * (w.v[j] * rstd) - (n.v[j] * mean_gn + mean_g);
           }
           const int64_t to = (first_row + row) * dim + column;
-          if (p.grad_sum != nullptr) {
+          if (!kFast && p.grad_sum != nullptr) {
             Raw8<In> more;
             more.load(p.grad_sum + to);
             const Eight e = more.floats();
@@ -444,25 +470,26 @@ __global__ void __launch_bounds__(max_threads(kBlocks), 1)
 
   // scale_sum of every thread side by side, one a at a time; a warp adds up an entry: its expert's columns over all
   // rows that the threads stood for.
-  const int lanes_of_rows = blockDim.x >> p.log_width, rank = p.factors.rank;
+  const int lanes_of_rows = blockDim.x >> log_width, rank = p.factors.rank;
+  const FastDivide by_rank(rank);
 #pragma unroll
   for (int a = 0; a < kBlocks; ++a) {
-    if (a >= d.num_blocks) break;
+    if (a >= num_blocks) break;
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
-      if (b < d.num_blocks) sums[b * blockDim.x + threadIdx.x] = scale_sum[a][b];
+      if (b < num_blocks) sums[b * blockDim.x + threadIdx.x] = scale_sum[a][b];
     }
     __syncthreads();
 #pragma unroll 1
-    for (int i = warp; i < p.factors.num_experts * d.num_blocks; i += warps) {
-      const int e = i / d.num_blocks, b = i % d.num_blocks;
+    for (int i = warp; i < p.factors.num_experts * num_blocks; i += warps) {
+      const int e = i / num_blocks, b = i % num_blocks;
       float total = 0.0f;
-#pragma unroll 1
-      for (int r = 0; r < lanes_of_rows; ++r) {
-        for (int k = lane; k < rank; k += 32) total += sums[b * blockDim.x + (r << p.log_width) + e * rank + k];
+      for (int q = lane; q < lanes_of_rows * rank; q += 32) {
+        const int r = by_rank.quotient(q);
+        total += sums[b * blockDim.x + (r << log_width) + e * rank + q - r * rank];
       }
       total = warp_sum(total);
-      if (lane == 0) out[(e * d.num_blocks + a) * d.num_blocks + b] = total;
+      if (lane == 0) out[(e * num_blocks + a) * num_blocks + b] = total;
     }
     __syncthreads();
   }
@@ -491,9 +518,9 @@ __global__ void __launch_bounds__(32 * kReduceLanes)
   *to = convert<Factor>(sum);
 }
 
-template <typename In, typename Out, int kBlocks, int kItems>
+template <typename In, typename Out, int kBlocks, int kItems, Path kPath>
 void launch(const CudaContext& context, const AloreBackwardPlan& plan, const BackwardParams<In, Out>& params) {
-  const auto kernel = alore_backward_kernel<In, Out, kBlocks, kItems>;
+  const auto kernel = alore_backward_kernel<In, Out, kBlocks, kItems, kPath>;
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes),
         "alore_backward");
   kernel<<<plan.blocks, 32 * plan.warps, plan.shared_bytes, context.stream>>>(params);
@@ -536,9 +563,15 @@ void alore_backward(const CudaContext& context, const AloreShape& s, const Alore
                                          DropoutMask(a.dropout.seed, a.dropout.p),
                                          static_cast<In*>(a.grad_x),
                                          static_cast<float*>(a.workspace)};
-    if (s.num_blocks > 4) return launch<In, Out, 8, 1>(context, plan, params);
-    if (plan.items_per_warp == 1) return launch<In, Out, 4, 1>(context, plan, params);
-    launch<In, Out, 4, 2>(context, plan, params);
+    const bool fast = s.num_blocks == 4 && plan.items_per_warp == 1 && dims.code_tiles == 1 &&
+                      s.block_dim % kGroupColumns == 0 && a.dropout.p == 0.0 && a.grad_sum == nullptr;
+    if (fast && s.norm) return launch<In, Out, 4, 1, Path::kNorm>(context, plan, params);
+    if constexpr (std::is_same_v<In, Out>) {
+      if (fast) return launch<In, Out, 4, 1, Path::kBare>(context, plan, params);
+    }
+    if (s.num_blocks > 4) return launch<In, Out, 8, 1, Path::kGeneral>(context, plan, params);
+    if (plan.items_per_warp == 1) return launch<In, Out, 4, 1, Path::kGeneral>(context, plan, params);
+    launch<In, Out, 4, 2, Path::kGeneral>(context, plan, params);
   };
   const bool wide = s.input == DType::kFloat32;
   if (s.output == DType::kBFloat16) {

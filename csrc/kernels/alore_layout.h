@@ -53,16 +53,18 @@ struct AdapterDims {
 struct ForwardLayout {
   int down = 0, up = 0, mixing = 0, weight = 0, bias = 0;  // shared by the block's teams
   int teams = 0, team_bytes = 0;                           // one team of warps a tile
-  int statistics = 0, code = 0, mixed = 0;                 // within a team's part
+  int stage = 0, statistics = 0, code = 0, mixed = 0;      // within a team's part
   int bytes = 0;
 
-  ForwardLayout(const AdapterDims& d, int warps_per_tile, int tiles_per_block, bool norm) {
+  ForwardLayout(const AdapterDims& d, int groups_per_warp, int warps_per_tile, int tiles_per_block, bool norm,
+                bool wide_input) {
     up = down + d.code_image_bytes();
     mixing = up + d.output_image_bytes();
     weight = mixing + d.mixing_bytes();
     bias = weight + (norm ? d.affine_bytes() : 0);
     teams = bias + (norm ? d.affine_bytes() : 0);
-    code = align_up(warps_per_tile * kTileRows * 8, 16);
+    statistics = stage + warps_per_tile * 32 * groups_per_warp * 2 * 8 * (wide_input ? 4 : 2);
+    code = statistics + warps_per_tile * kTileRows * 8;
     mixed = code + (warps_per_tile + d.num_blocks - 1) * kTileRows * d.padded_width * 4;
     team_bytes = mixed + d.num_blocks * kTileRows * d.code_stride * 2;
     bytes = teams + tiles_per_block * team_bytes;
@@ -71,6 +73,7 @@ struct ForwardLayout {
 
 struct BackwardLayout {
   int down = 0, up = 0, down_out = 0, mixing = 0, weight = 0, bias = 0;
+  int affine_image = 0;                // weight and bias as 16-bit sums of two: [4, grad_stride]
   int down_weight = 0, down_bias = 0;  // sum_j weight[j] down[j,:] and sum_j bias[j] down[j,:] of each block
   int code = 0, grad_mixed = 0;        // fp32 Z and dH: [key_splits, row_tiles, num_blocks, 16, padded_width]
   int mixed = 0, grad_code = 0;        // 16-bit H and dZ: [row_tiles, num_blocks, 16, code_stride]
@@ -89,7 +92,9 @@ struct BackwardLayout {
     mixing = down_out + d.output_image_bytes();
     weight = mixing + d.mixing_bytes();
     bias = weight + (norm ? d.affine_bytes() : 0);
-    down_weight = bias + (norm ? d.affine_bytes() : 0);
+    affine_image = bias + (norm ? d.affine_bytes() : 0);
+    grad_stride = conflict_free_stride(d.embed_dim);
+    down_weight = affine_image + (norm ? 4 * grad_stride * 2 : 0);
     down_bias = down_weight + (norm ? d.num_blocks * d.padded_width * 4 : 0);
     code = down_bias + (norm ? d.num_blocks * d.padded_width * 4 : 0);
     grad_mixed = code + key_splits * tiles * kTileRows * d.padded_width * 4;
@@ -100,7 +105,6 @@ struct BackwardLayout {
     stages = align_up(row_means + (norm ? rows * 2 * 8 : 0), 128);
     const int dim = d.embed_dim;
     x_stride = wide_input ? conflict_free_stride_fp32(dim) : conflict_free_stride(dim);
-    grad_stride = conflict_free_stride(dim);
     grad = rows * x_stride * (wide_input ? 4 : 2);
     mean = grad + rows * grad_stride * 2;
     rstd = mean + rows * 4;

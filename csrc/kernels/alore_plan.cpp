@@ -65,7 +65,9 @@ AloreForwardPlan plan_alore_forward(const AloreShape& s, const DeviceLimits& dev
   plan.even = s.block_dim % kGroupColumns == 0 && plan.warps_per_tile * plan.groups_per_warp == d.groups;
   const int most_warps = plan.groups_per_warp == 8 ? 6 : 8;  // of a block, by the registers that a warp takes
   for (plan.tiles_per_block = std::max(1, most_warps / plan.warps_per_tile);; --plan.tiles_per_block) {
-    plan.shared_bytes = ForwardLayout(d, plan.warps_per_tile, plan.tiles_per_block, s.norm).bytes;
+    plan.shared_bytes = ForwardLayout(d, plan.groups_per_warp, plan.warps_per_tile, plan.tiles_per_block, s.norm,
+                                      s.input == DType::kFloat32)
+                            .bytes;
     if (plan.shared_bytes <= device.shared_per_block) break;
     if (plan.tiles_per_block == 1) {
       plan.reason = "factors do not fit shared memory";
@@ -74,7 +76,7 @@ AloreForwardPlan plan_alore_forward(const AloreShape& s, const DeviceLimits& dev
   }
   const int threads = 32 * plan.warps_per_tile * plan.tiles_per_block;
   const int by_registers = std::max(1, (s.input == DType::kFloat32 ? 1 : 2) * most_warps * 32 / threads);
-  const int by_shared = std::max<int>(1, static_cast<int>(device.shared_per_block / plan.shared_bytes));
+  const int by_shared = std::max<int>(1, static_cast<int>((device.shared_per_block + 1024) / (plan.shared_bytes + 1024)));
   const int resident = device.num_sms * std::min(by_registers, by_shared);
   plan.blocks = clamp_int((tiles + plan.tiles_per_block - 1) / plan.tiles_per_block, 1, resident);
   plan.fused = true;

@@ -98,6 +98,15 @@ __device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// 16 bytes in one instruction: left to itself the compiler may split a load, and split ones conflict.
+__device__ __forceinline__ uint4 load_shared_16(const void* p) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(p))));
+  return v;
+}
+
 // Streamed once: kept out of L1.
 __device__ __forceinline__ uint4 load_streamed(const void* p) {
   uint4 v;
@@ -148,6 +157,8 @@ template <typename T>
 struct Raw8 {
   uint4 q;
   __device__ __forceinline__ void load(const T* p) { q = load_streamed(p); }
+  // As copied to shared memory in pieces of 16 bytes, `stride` bytes apart.
+  __device__ __forceinline__ void read_pieces(const unsigned char* p, int) { q = load_shared_16(p); }
   __device__ __forceinline__ void zero() { q = {0, 0, 0, 0}; }
   __device__ __forceinline__ Eight floats() const { return unpack8<T>(q); }
   __device__ __forceinline__ void set(const Eight& e) { q = pack8<T>(e); }
@@ -159,6 +170,11 @@ struct Raw8<float> {
   Eight e;
   __device__ __forceinline__ void load(const float* p) {
     const uint4 a = load_streamed(p), b = load_streamed(p + 4);
+    e = {{__uint_as_float(a.x), __uint_as_float(a.y), __uint_as_float(a.z), __uint_as_float(a.w),
+          __uint_as_float(b.x), __uint_as_float(b.y), __uint_as_float(b.z), __uint_as_float(b.w)}};
+  }
+  __device__ __forceinline__ void read_pieces(const unsigned char* p, int stride) {
+    const uint4 a = load_shared_16(p), b = load_shared_16(p + stride);
     e = {{__uint_as_float(a.x), __uint_as_float(a.y), __uint_as_float(a.z), __uint_as_float(a.w),
           __uint_as_float(b.x), __uint_as_float(b.y), __uint_as_float(b.z), __uint_as_float(b.w)}};
   }
@@ -174,10 +190,11 @@ struct Raw8<float> {
 template <typename T>
 __device__ __forceinline__ Eight shared8(const T* p) {
   if constexpr (std::is_same_v<T, float>) {
-    const float4 a = *reinterpret_cast<const float4*>(p), b = *reinterpret_cast<const float4*>(p + 4);
-    return {{a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w}};
+    const uint4 a = load_shared_16(p), b = load_shared_16(p + 4);
+    return {{__uint_as_float(a.x), __uint_as_float(a.y), __uint_as_float(a.z), __uint_as_float(a.w),
+             __uint_as_float(b.x), __uint_as_float(b.y), __uint_as_float(b.z), __uint_as_float(b.w)}};
   } else {
-    return unpack8<T>(*reinterpret_cast<const uint4*>(p));
+    return unpack8<T>(load_shared_16(p));
   }
 }
 
@@ -333,7 +350,7 @@ __device__ __forceinline__ void accumulate_code(float (&code)[2][4], const uint4
   const uint32_t second[4] = {row0.z, row1.z, row0.w, row1.w};
 #pragma unroll
   for (int n = 0; n < 2; ++n) {
-    const uint4 b = *reinterpret_cast<const uint4*>(image + (code_tile * kCodeTile + n * 8 + g) * stride + column);
+    const uint4 b = load_shared_16(image + (code_tile * kCodeTile + n * 8 + g) * stride + column);
     mma<T>(code[n], first, b.x, b.y);
     mma<T>(code[n], second, b.z, b.w);
   }
@@ -346,8 +363,7 @@ __device__ __forceinline__ void accumulate_output(float (&out)[4][4], const uint
                                                   int chunks, int code_tile, int first_chunk, int g, int c) {
 #pragma unroll
   for (int pair = 0; pair < 2; ++pair) {
-    const uint4 b = *reinterpret_cast<const uint4*>(
-        image + output_image_at(chunks, code_tile, first_chunk + g / 2, pair, g % 2, c));
+    const uint4 b = load_shared_16(image + output_image_at(chunks, code_tile, first_chunk + g / 2, pair, g % 2, c));
     mma<T>(out[pair * 2], code, b.x, b.y);
     mma<T>(out[pair * 2 + 1], code, b.z, b.w);
   }
