@@ -22,6 +22,10 @@ inline Tensor with_width(const Tensor& flat, const Tensor& x) {
   return flat.view(sizes);
 }
 
+// A backend that runs the norm, the Kronecker map and the residual in one pass over the tokens.
+template <typename Backend>
+concept FusesNorm = requires { &Backend::norm_kron_forward; };
+
 template <typename Backend>
 Tensor kron_linear(const Tensor& x, const Tensor& scale, const Tensor& down, const Tensor& up) {
   check_kron("kron_linear", x, scale, down, up, Width::kAny);
@@ -101,8 +105,16 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_alore(const Tensor& x, const OptTe
   const Tensor flat = flatten_tokens(x);
   const auto statistics = flat.options().dtype(accumulate_type(x.scalar_type()));
   const Tensor mean = at::empty({flat.size(0)}, statistics), rstd = at::empty({flat.size(0)}, statistics);
-  const Tensor out =
-      Backend::layer_norm_forward(flat, weight, bias, eps, out_dtype.value_or(x.scalar_type()), mean, rstd);
+  const auto leading = x.sizes().slice(0, x.dim() - 1);
+  const auto dtype = out_dtype.value_or(x.scalar_type());
+  if constexpr (FusesNorm<Backend>) {
+    if (dropout_p == 0.0) {
+      const Tensor out =
+          Backend::norm_kron_forward(flat, {weight, bias, mean, rstd}, eps, {scale, down, up}, dtype);
+      return {like_input(out, x), mean.view(leading), rstd.view(leading)};
+    }
+  }
+  const Tensor out = Backend::layer_norm_forward(flat, weight, bias, eps, dtype, mean, rstd);
   if (dropout_p == 0.0) {
     Backend::kron_forward(out, {scale, down, up}, 1.0, out);
   } else {
@@ -110,7 +122,6 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_alore(const Tensor& x, const OptTe
     Backend::kron_forward(out, {scale, down, up}, 0.0, branch);
     Backend::dropout_add(out, branch, *seed, dropout_p, out);
   }
-  const auto leading = x.sizes().slice(0, x.dim() - 1);
   return {like_input(out, x), mean.view(leading), rstd.view(leading)};
 }
 
@@ -119,7 +130,7 @@ Grads6 layer_norm_alore_backward(const Tensor& grad_out, const Tensor& x, const 
                                  const OptTensor& bias, const Tensor& mean, const Tensor& rstd,
                                  const Tensor& scale, const Tensor& down, const Tensor& up,
                                  const OptTensor& seed, double dropout_p, std::array<bool, 6> mask) {
-  const auto out_dtype = grad_out.scalar_type();
+  [[maybe_unused]] const auto out_dtype = grad_out.scalar_type();
   check_kron("layer_norm_alore_backward", x, scale, down, up, Width::kResidual);
   check_layer_norm("layer_norm_alore_backward", x, weight, bias, 0.0, std::nullopt);
   check_statistics("layer_norm_alore_backward", x, mean, rstd);
@@ -131,18 +142,30 @@ Grads6 layer_norm_alore_backward(const Tensor& grad_out, const Tensor& x, const 
   const Tensor flat = flatten_tokens(x), grad = flatten_tokens(grad_out);
   const Tensor flat_mean = mean.contiguous().view({flat.size(0)}),
                flat_rstd = rstd.contiguous().view({flat.size(0)});
-  const Tensor normed = Backend::layer_norm_recompute(flat, weight, bias, flat_mean, flat_rstd, out_dtype);
   const Tensor branch = branch_gradient<Backend>(grad, seed, dropout_p);
-
-  const bool through_norm = mask[0] || mask[1] || mask[2];
-  const Tensor grad_normed = through_norm ? at::empty_like(normed) : Tensor();
-  const auto grads = Backend::kron_backward(normed, branch, {scale, down, up}, 0.0, grad_normed);
+  FactorGrads grads;
   Tensor grad_x, grad_weight, grad_bias;
-  if (mask[0]) grad_x = Backend::layer_norm_backward(grad, grad_normed, flat, weight, flat_mean, flat_rstd);
-  if (mask[1] || mask[2]) {
-    const auto affine = (weight.has_value() && weight->defined() ? *weight : *bias).scalar_type();
-    std::tie(grad_weight, grad_bias) =
-        Backend::layer_norm_affine_backward(grad, grad_normed, flat, flat_mean, flat_rstd, affine);
+  const auto affine = [&] {
+    return (weight.has_value() && weight->defined() ? *weight : *bias).scalar_type();
+  };
+  if constexpr (FusesNorm<Backend>) {
+    if (mask[0]) grad_x = at::empty_like(flat);
+    if (mask[1]) grad_weight = at::empty({flat.size(1)}, flat.options().dtype(affine()));
+    if (mask[2]) grad_bias = at::empty({flat.size(1)}, flat.options().dtype(affine()));
+    grads = Backend::norm_kron_backward(flat, {weight, bias, flat_mean, flat_rstd}, {scale, down, up}, grad,
+                                        branch, grad_x, grad_weight, grad_bias);
+  } else {
+    const Tensor normed = Backend::layer_norm_recompute(flat, weight, bias, flat_mean, flat_rstd, out_dtype);
+    const bool through_norm = mask[0] || mask[1] || mask[2];
+    const Tensor grad_normed = through_norm ? at::empty_like(normed) : Tensor();
+    grads = Backend::kron_backward(normed, branch, {scale, down, up}, 0.0, grad_normed);
+    if (mask[0]) {
+      grad_x = Backend::layer_norm_backward(grad, grad_normed, flat, weight, flat_mean, flat_rstd);
+    }
+    if (mask[1] || mask[2]) {
+      std::tie(grad_weight, grad_bias) =
+          Backend::layer_norm_affine_backward(grad, grad_normed, flat, flat_mean, flat_rstd, affine());
+    }
   }
   return {like_input(grad_x, x, mask[0]), wanted(mask[1], grad_weight), wanted(mask[2], grad_bias),
           wanted(mask[3], grads.scale),   wanted(mask[4], grads.down),  wanted(mask[5], grads.up)};
