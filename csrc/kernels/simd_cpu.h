@@ -53,9 +53,11 @@ inline void with_constant(int64_t n, F&& f) {
   f(std::integral_constant<int, kMax>{});
 }
 
-// 6 x 2 accumulators, 2 vectors of b and a broadcast fill the 16 registers of AVX2; 12 independent sums cover
-// the latency of two multiply-adds a cycle.
-inline constexpr int kTileRows = 6;
+// Rows of a register tile: its 12 sums, kVecs vectors of b and a broadcast fit the 16 registers of AVX2, and 12
+// independent sums cover the latency of two multiply-adds a cycle.
+inline constexpr int kMostRows = 12;
+template <int kVecs>
+inline constexpr int kTileRows = kMostRows / kVecs;
 
 // c[kRows, kVecs * lanes] (+)= a[kRows, k] @ b[k, kVecs * lanes]. a's element (i, j) is a[i * lda + j], or
 // a[j * lda + i] with kTransposed.
@@ -67,14 +69,14 @@ inline void tile(int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb, bo
     Vec<T> row[kVecs];
 #pragma GCC unroll 2
     for (int v = 0; v < kVecs; ++v) row[v] = load(b + j * ldb + v * kWidth);
-#pragma GCC unroll 6
+#pragma GCC unroll 12
     for (int i = 0; i < kRows; ++i) {
       const T factor = kTransposed ? a[j * lda + i] : a[i * lda + j];
 #pragma GCC unroll 2
       for (int v = 0; v < kVecs; ++v) sums[i][v] += factor * row[v];
     }
   }
-#pragma GCC unroll 6
+#pragma GCC unroll 12
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 2
     for (int v = 0; v < kVecs; ++v) {
@@ -87,9 +89,10 @@ inline void tile(int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb, bo
 template <typename T, int kVecs, bool kTransposed>
 inline void tiles_of_rows(int64_t rows, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb, bool add,
                           T* c, int64_t ldc) {
-  for (int64_t i = 0; i < rows; i += kTileRows) {
+  constexpr int kRows = kTileRows<kVecs>;
+  for (int64_t i = 0; i < rows; i += kRows) {
     const T* rows_of_a = a + i * (kTransposed ? 1 : lda);
-    with_constant<kTileRows>(std::min<int64_t>(rows - i, kTileRows), [&](auto count) {
+    with_constant<kRows>(std::min<int64_t>(rows - i, kRows), [&](auto count) {
       tile<T, count(), kVecs, kTransposed>(k, rows_of_a, lda, b, ldb, add, c + i * ldc, ldc);
     });
   }
@@ -100,13 +103,13 @@ template <typename T, bool kTransposed>
 void last_columns(int64_t rows, int64_t columns, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb,
                   bool add, T* c, int64_t ldc) {
   constexpr int kWidth = kLanes<T>, kDepth = 64;
-  T padded[kDepth * kWidth], sums[kTileRows * kWidth];
+  T padded[kDepth * kWidth], sums[kMostRows * kWidth];
   for (int64_t j = 0; j < k || j == 0; j += kDepth) {
     const int64_t depth = std::min<int64_t>(k - j, kDepth);
     std::fill_n(padded, kDepth * kWidth, T(0));
     for (int64_t l = 0; l < depth; ++l) std::copy_n(b + (j + l) * ldb, columns, padded + l * kWidth);
-    for (int64_t i = 0; i < rows; i += kTileRows) {
-      const int64_t count = std::min<int64_t>(rows - i, kTileRows);
+    for (int64_t i = 0; i < rows; i += kMostRows) {
+      const int64_t count = std::min<int64_t>(rows - i, kMostRows);
       const T* part = kTransposed ? a + j * lda + i : a + i * lda + j;
       tiles_of_rows<T, 1, kTransposed>(count, depth, part, lda, padded, kWidth, false, sums, kWidth);
       for (int64_t r = 0; r < count; ++r) {
@@ -125,8 +128,8 @@ void multiply(int64_t rows, int64_t columns, int64_t k, const T* a, int64_t lda,
               bool add, T* c, int64_t ldc) {
   constexpr int64_t kWidth = kLanes<T>;
   // Rows of the result at a time: all of them where b is long (transposed a: k is the chunk's rows) and a slice of
-  // it should stay in the first-level cache; one tile where c is what streams.
-  const int64_t group = kTransposed ? std::max<int64_t>(rows, 1) : kTileRows;
+  // it should stay in the first-level cache; a tile or two where c is what streams.
+  const int64_t group = kTransposed ? std::max<int64_t>(rows, 1) : kMostRows;
   for (int64_t i = 0; i < rows; i += group) {
     const int64_t count = std::min(group, rows - i);
     const T* part = a + i * (kTransposed ? 1 : lda);

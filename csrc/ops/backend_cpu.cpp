@@ -3,10 +3,12 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <vector>
 
 #include "kernels/dropout.h"
 #include "kernels/kron_cpu.h"
 #include "kernels/layer_norm.h"
+#include "kernels/lora_cpu.h"
 
 namespace alore::ops {
 namespace {
@@ -131,8 +133,28 @@ void round_into(const Tensor& t, const Tensor& wide) {
   if (t.defined() && !t.is_same(wide)) t.copy_(wide);
 }
 
-// t * coeff with exact zeros in masked columns, even where t is not finite.
-Tensor scale_columns(const Tensor& t, const Tensor& coeff) { return (t * coeff).masked_fill_(coeff == 0, 0); }
+// The low-rank factors as the kernels read them, in the type of x.
+struct PackedLora {
+  kernels::LoraShapeCpu shape;
+  Tensor factors;
+  std::vector<int64_t> order;
+  int64_t active = 0;
+
+  PackedLora(const Tensor& x, Lora lora)
+      : shape{x.size(0), lora.a.size(1), lora.b.size(0), lora.a.size(0)},
+        factors(at::empty({kernels::lora_packed_size_cpu(shape)}, x.options())),
+        order(shape.rank) {
+    const auto acc = x.scalar_type();
+    const Tensor a = lora.a.to(acc).contiguous(), b = lora.b.to(acc).contiguous(),
+                 coeff = lora.coeff.to(acc).contiguous();
+    dispatch_acc(acc, [&](auto zero) {
+      using T = decltype(zero);
+      active = kernels::lora_pack_cpu<T>(shape, a.const_data_ptr<T>(), b.const_data_ptr<T>(),
+                                         coeff.const_data_ptr<T>(), factors.mutable_data_ptr<T>(),
+                                         order.data());
+    });
+  }
+};
 
 }  // namespace
 
@@ -231,29 +253,58 @@ void CpuBackend::dropout_add(const Tensor& base, const Tensor& branch, const Ten
 
 void CpuBackend::lora_forward(const Tensor& x, Lora lora, const Tensor& out) {
   const auto acc = accumulate_type(x.scalar_type());
-  const Tensor scaled = scale_columns(at::mm(x.to(acc), lora.a.to(acc).t()), lora.coeff.to(acc));
-  if (out.scalar_type() == acc) {
-    Tensor sum = out;
-    at::addmm_out(sum, out, scaled, lora.b.to(acc).t());
-  } else {
-    out.copy_(at::addmm(out.to(acc), scaled, lora.b.to(acc).t()));
-  }
+  const Tensor wide = widened(x), sum = wide_result(out, acc);
+  round_into(sum, out);
+  const PackedLora packed(wide, lora);
+  const auto& s = packed.shape;
+  const Tensor scratch = thread_scratch(kernels::lora_scratch_size_cpu(s), wide);
+  dispatch_acc(acc, [&](auto zero) {
+    using T = decltype(zero);
+    const T *factors = packed.factors.const_data_ptr<T>(), *in = wide.const_data_ptr<T>();
+    T *o = sum.mutable_data_ptr<T>(), *room = scratch.mutable_data_ptr<T>();
+    const int64_t chunk = kernels::lora_chunk_tokens_cpu(s), chunks = (s.num_tokens + chunk - 1) / chunk;
+    at::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+      kernels::lora_forward_cpu<T>(s, factors, packed.active, in, begin * chunk,
+                                   std::min(end * chunk, s.num_tokens), o,
+                                   room + at::get_thread_num() * scratch.size(1));
+    });
+  });
+  round_into(out, sum);
 }
 
 LoraGrads CpuBackend::lora_backward(const Tensor& x, const Tensor& grad_out, Lora lora,
                                     const Tensor& grad_x) {
   const auto acc = accumulate_type(x.scalar_type()), factor = lora.a.scalar_type();
-  const Tensor wide_x = x.to(acc), wide_grad = grad_out.to(acc), coeff = lora.coeff.to(acc);
-  const Tensor code = at::mm(wide_x, lora.a.to(acc).t()), grad_code = at::mm(wide_grad, lora.b.to(acc));
-  const Tensor scaled_grad = scale_columns(grad_code, coeff);
-  LoraGrads grads;
-  if (grad_x.defined()) grad_x.copy_(at::addmm(grad_x.to(acc), scaled_grad, lora.a.to(acc)));
-  // Masked rows are cleared after the products too: 0 * inf in an activation would leave NaN there.
-  const Tensor masked = coeff == 0;
-  grads.a = at::mm(scaled_grad.t(), wide_x).masked_fill_(masked.unsqueeze(1), 0).to(factor);
-  grads.b = at::mm(wide_grad.t(), scale_columns(code, coeff)).masked_fill_(masked, 0).to(factor);
-  grads.coeff = (code * grad_code).sum(0).to(factor);
-  return grads;
+  const Tensor wide = widened(x), grad = widened(grad_out), sum = wide_result(grad_x, acc);
+  round_into(sum, grad_x);
+  const PackedLora packed(wide, lora);
+  const auto& s = packed.shape;
+  const Tensor scratch = thread_scratch(kernels::lora_scratch_size_cpu(s), wide);
+  const int64_t parts = kernels::lora_partials_cpu(s), per_part = (s.num_tokens + parts - 1) / parts;
+  const Tensor partial = at::empty({parts, kernels::lora_partial_size_cpu(s)}, wide.options());
+  const auto like = [&](const Tensor& t) { return at::empty(t.sizes(), wide.options()); };
+  const Tensor grad_a = like(lora.a), grad_b = like(lora.b), grad_coeff = like(lora.coeff);
+  dispatch_acc(acc, [&](auto zero) {
+    using T = decltype(zero);
+    const T *factors = packed.factors.const_data_ptr<T>(), *in = wide.const_data_ptr<T>();
+    const T* dy = grad.const_data_ptr<T>();
+    T* dx = sum.defined() ? sum.mutable_data_ptr<T>() : nullptr;
+    T *sums = partial.mutable_data_ptr<T>(), *room = scratch.mutable_data_ptr<T>();
+    at::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
+      T* own = room + at::get_thread_num() * scratch.size(1);
+      for (int64_t part = first; part < last; ++part) {
+        const int64_t begin = std::min(part * per_part, s.num_tokens);
+        kernels::lora_backward_cpu<T>(s, factors, packed.active, in, dy, begin,
+                                      std::min(begin + per_part, s.num_tokens), dx,
+                                      sums + part * partial.size(1), own);
+      }
+    });
+    kernels::lora_reduce_cpu<T>(s, packed.active, packed.order.data(), sums, parts,
+                                grad_a.mutable_data_ptr<T>(), grad_b.mutable_data_ptr<T>(),
+                                grad_coeff.mutable_data_ptr<T>());
+  });
+  round_into(grad_x, sum);
+  return {grad_a.to(factor), grad_b.to(factor), grad_coeff.to(factor)};
 }
 
 }  // namespace alore::ops
