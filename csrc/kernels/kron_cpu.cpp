@@ -1,6 +1,7 @@
 #include "kernels/kron_cpu.h"
 
 #include <algorithm>
+#include <vector>
 
 #include "kernels/layer_norm.h"
 #include "kernels/simd_cpu.h"
@@ -21,7 +22,7 @@ struct PackedLayout {
   int64_t width, spread, down, down_t, up, up_t, size;
 
   explicit PackedLayout(const KronShape& s) : width(padded_width(s)) {
-    spread = 0;                               // [s_in, s_out, width], scale repeated over an expert's rank
+    spread = 0;                                // [s_in, s_out, width], scale repeated over an expert's rank
     down = spread + s.s_in * s.s_out * width;  // [p_in, width]
     up_t = down + s.p_in * width;              // [p_out, width]
     down_t = up_t + s.p_out * width;           // [width, p_in]
@@ -48,18 +49,18 @@ struct ScratchLayout {
 
   explicit ScratchLayout(const KronShape& s) {
     const int64_t chunk = kron_chunk_tokens_cpu(s), width = padded_width(s), dim = s.s_in * s.p_in;
-    code = 0;                                         // [chunk * s_in, width]
-    mixed = code + chunk * s.s_in * width;            // [chunk * s_out, width]
-    grad_mixed = mixed + chunk * s.s_out * width;     // [chunk * s_out, width]
+    code = 0;                                          // [chunk * s_in, width]
+    mixed = code + chunk * s.s_in * width;             // [chunk * s_out, width]
+    grad_mixed = mixed + chunk * s.s_out * width;      // [chunk * s_out, width]
     grad_code = grad_mixed + chunk * s.s_out * width;  // [chunk * s_in, width]
-    normed = grad_code + chunk * s.s_in * width;      // [chunk, embed_dim]
-    grad_normed = normed + chunk * dim;               // [chunk, embed_dim]
+    normed = grad_code + chunk * s.s_in * width;       // [chunk, embed_dim]
+    grad_normed = normed + chunk * dim;                // [chunk, embed_dim]
     size = grad_normed + chunk * dim;
   }
 };
 
-// out[t, j, :] = sum_i spread[i * stride_i + j * stride_j + :] * in[t, i, :] for kTokens tokens, kBlocks blocks j and
-// one vector of the width.
+// out[t, j, :] = sum_i spread[i * stride_i + j * stride_j + :] * in[t, i, :] for kTokens tokens, kBlocks
+// blocks j and one vector of the width.
 template <typename T, int kTokens, int kBlocks>
 inline void mix_tile(const T* in, const T* spread, int64_t stride_i, int64_t stride_j, int64_t s_in,
                      int64_t s_out, int64_t width, T* out) {
@@ -149,9 +150,10 @@ void add_spread_grad(int64_t tokens, const T* code, const T* grad_mixed, int64_t
 }  // namespace
 
 int64_t kron_chunk_tokens_cpu(const KronShape& s) {
-  // Four buffers of 48 KiB (in fp32) beside the activations' own rows: half of a second-level cache of 512 KiB.
-  const int64_t widest = std::max({s.s_in * s.p_in, s.s_out * s.p_out, s.s_in * padded_width(s),
-                                   s.s_out * padded_width(s), int64_t{1}});
+  // Four buffers of 48 KiB (in fp32) beside the activations' own rows: half of a second-level cache of 512
+  // KiB.
+  const int64_t widest = std::max(
+      {s.s_in * s.p_in, s.s_out * s.p_out, s.s_in * padded_width(s), s.s_out * padded_width(s), int64_t{1}});
   return std::clamp<int64_t>(12288 / widest, 1, 64);
 }
 
@@ -160,7 +162,8 @@ int64_t kron_scratch_size_cpu(const KronShape& s) { return ScratchLayout(s).size
 int64_t kron_partial_size_cpu(const KronShape& s) { return PartialLayout(s).size; }
 
 int64_t kron_partials_cpu(const KronShape& s) {
-  // At least 48 tokens each, so that adding the partial sums up costs little; and 16 MiB (in fp32) for all of them.
+  // At least 48 tokens each, so that adding the partial sums up costs little; and 16 MiB (in fp32) for all of
+  // them.
   const int64_t most = std::clamp<int64_t>((int64_t{4} << 20) / kron_partial_size_cpu(s), 1, 64);
   return std::clamp<int64_t>(s.num_tokens / 48, 1, most);
 }
@@ -281,7 +284,8 @@ void kron_reduce_cpu(const KronShape& s, const T* partials, int64_t parts, T* gr
     }
   };
   // A row of the low-rank gradients at a time: all partial sums of it stay in cache.
-  T* row = new T[at.width];
+  std::vector<T> sums(at.width);
+  T* row = sums.data();
   std::fill_n(grad_scale, s.scale_size(), T(0));
   for (int64_t ab = 0; ab < s.s_in * s.s_out; ++ab) {
     add_up(at.spread + ab * at.width, at.width, row);
@@ -295,18 +299,17 @@ void kron_reduce_cpu(const KronShape& s, const T* partials, int64_t parts, T* gr
       std::copy_n(row + e * s.rank, s.rank, grad_down + (e * s.p_in + i) * s.rank);
     }
   }
-  delete[] row;
   add_up(at.up, s.up_size(), grad_up);
   if (grad_weight != nullptr) add_up(at.weight, s.s_in * s.p_in, grad_weight);
   if (grad_bias != nullptr) add_up(at.bias, s.s_in * s.p_in, grad_bias);
 }
 
-#define ALORE_INSTANTIATE(T)                                                                                  \
-  template void kron_pack_cpu<T>(const KronShape&, const T*, const T*, const T*, T*);                         \
-  template void kron_forward_cpu<T>(const KronShape&, const T*, const T*, const KronNormCpu<T>*, bool,        \
-                                    int64_t, int64_t, T*, T*);                                                \
-  template void kron_backward_cpu<T>(const KronShape&, const T*, const T*, const T*, const T*,                \
-                                     const KronNormCpu<T>*, bool, bool, int64_t, int64_t, T*, T*, T*);        \
+#define ALORE_INSTANTIATE(T)                                                                           \
+  template void kron_pack_cpu<T>(const KronShape&, const T*, const T*, const T*, T*);                  \
+  template void kron_forward_cpu<T>(const KronShape&, const T*, const T*, const KronNormCpu<T>*, bool, \
+                                    int64_t, int64_t, T*, T*);                                         \
+  template void kron_backward_cpu<T>(const KronShape&, const T*, const T*, const T*, const T*,         \
+                                     const KronNormCpu<T>*, bool, bool, int64_t, int64_t, T*, T*, T*); \
   template void kron_reduce_cpu<T>(const KronShape&, const T*, int64_t, T*, T*, T*, T*, T*);
 ALORE_INSTANTIATE(float)
 ALORE_INSTANTIATE(double)

@@ -11,8 +11,8 @@ using simd::load;
 using simd::store;
 using simd::Vec;
 
-// Sums f(i, value type) over [0, n): f is called with vectors' first elements, then with single ones. Four running
-// sums hide the latency of an addition.
+// Sums f(i, value type) over [0, n): f is called with vectors' first elements, then with single ones. Four
+// running sums hide the latency of an addition.
 template <typename T, typename OnVector, typename OnElement>
 inline T sum_over(int64_t n, OnVector&& on_vector, OnElement&& on_element) {
   constexpr int kWidth = kLanes<T>;
@@ -38,8 +38,8 @@ void layer_norm_cpu(const T* x, const T* weight, const T* bias, double eps, bool
     const T* row = x + t * d;
     T* o = out + t * d;
     if (!statistics_known) {
-      const T sum = sum_over<T>(
-          d, [&](int64_t i) { return load(row + i); }, [&](int64_t i) { return row[i]; });
+      const T sum =
+          sum_over<T>(d, [&](int64_t i) { return load(row + i); }, [&](int64_t i) { return row[i]; });
       const T m = sum / static_cast<T>(d);
       const T squares = sum_over<T>(
           d,

@@ -16,8 +16,8 @@ struct PackedLayout {
   int64_t width, a, b, a_t, b_t, coeff, size;
 
   explicit PackedLayout(const LoraShapeCpu& s) : width(padded_rank(s)) {
-    a = 0;                             // [rank, in_features]
-    b_t = a + s.rank * s.in_features;  // [rank, out_features]
+    a = 0;                                // [rank, in_features]
+    b_t = a + s.rank * s.in_features;     // [rank, out_features]
     a_t = b_t + s.rank * s.out_features;  // [in_features, width]
     b = a_t + s.in_features * width;      // [out_features, width]
     coeff = b + s.out_features * width;   // [rank]
@@ -57,7 +57,8 @@ int64_t lora_scratch_size_cpu(const LoraShapeCpu& s) { return 2 * lora_chunk_tok
 int64_t lora_partial_size_cpu(const LoraShapeCpu& s) { return PartialLayout(s).size; }
 
 int64_t lora_partials_cpu(const LoraShapeCpu& s) {
-  // At least 96 tokens each, so that adding the partial sums up costs little; and 16 MiB (in fp32) for all of them.
+  // At least 96 tokens each, so that adding the partial sums up costs little; and 16 MiB (in fp32) for all of
+  // them.
   const int64_t most = std::clamp<int64_t>((int64_t{4} << 20) / lora_partial_size_cpu(s), 1, 64);
   return std::clamp<int64_t>(s.num_tokens / 96, 1, most);
 }
@@ -73,7 +74,8 @@ int64_t lora_pack_cpu(const LoraShapeCpu& s, const T* a, const T* b, const T* co
     const int64_t expert = order[r];
     packed[at.coeff + r] = coeff[expert];
     for (int64_t i = 0; i < s.in_features; ++i) {
-      packed[at.a + r * s.in_features + i] = packed[at.a_t + i * at.width + r] = a[expert * s.in_features + i];
+      packed[at.a + r * s.in_features + i] = packed[at.a_t + i * at.width + r] =
+          a[expert * s.in_features + i];
     }
     for (int64_t o = 0; o < s.out_features; ++o) {
       packed[at.b_t + r * s.out_features + o] = packed[at.b + o * at.width + r] = b[o * s.rank + expert];
@@ -152,13 +154,13 @@ void lora_reduce_cpu(const LoraShapeCpu& s, int64_t active, const int64_t* order
   }
 }
 
-#define ALORE_INSTANTIATE(T)                                                                                 \
-  template int64_t lora_pack_cpu<T>(const LoraShapeCpu&, const T*, const T*, const T*, T*, int64_t*);        \
-  template void lora_forward_cpu<T>(const LoraShapeCpu&, const T*, int64_t, const T*, int64_t, int64_t, T*,  \
-                                    T*);                                                                     \
-  template void lora_backward_cpu<T>(const LoraShapeCpu&, const T*, int64_t, const T*, const T*, int64_t,    \
-                                     int64_t, T*, T*, T*);                                                   \
-  template void lora_reduce_cpu<T>(const LoraShapeCpu&, int64_t, const int64_t*, const T*, int64_t, T*, T*,  \
+#define ALORE_INSTANTIATE(T)                                                                                \
+  template int64_t lora_pack_cpu<T>(const LoraShapeCpu&, const T*, const T*, const T*, T*, int64_t*);       \
+  template void lora_forward_cpu<T>(const LoraShapeCpu&, const T*, int64_t, const T*, int64_t, int64_t, T*, \
+                                    T*);                                                                    \
+  template void lora_backward_cpu<T>(const LoraShapeCpu&, const T*, int64_t, const T*, const T*, int64_t,   \
+                                     int64_t, T*, T*, T*);                                                  \
+  template void lora_reduce_cpu<T>(const LoraShapeCpu&, int64_t, const int64_t*, const T*, int64_t, T*, T*, \
                                    T*);
 ALORE_INSTANTIATE(float)
 ALORE_INSTANTIATE(double)

@@ -1,6 +1,6 @@
-// The masked low-rank term of MLAE on CPU, one thread over rows [begin, end) of tokens, in chunks that stay in the
-// second-level cache. T is float or double. Experts whose coeff is 0 are left out of every product but the two that
-// coeff's own gradient needs.
+// The masked low-rank term of MLAE on CPU, one thread over rows [begin, end) of tokens, in chunks that stay
+// in the second-level cache. T is float or double. Experts whose coeff is 0 are left out of every product but
+// the two that coeff's own gradient needs.
 #pragma once
 
 #include <cstdint>

@@ -1,6 +1,6 @@
-// Small dense products on one thread, held in registers. The adapters' GEMMs are 8 to 64 columns wide and a few
-// dozen rows of a chunk long: there a library's packing, blocking and hand-over to threads cost more than the
-// arithmetic, and a chunk that is still in cache is worth more than either.
+// Small dense products on one thread, held in registers. The adapters' GEMMs are 8 to 64 columns wide and a
+// few dozen rows of a chunk long: there a library's packing, blocking and hand-over to threads cost more than
+// the arithmetic, and a chunk that is still in cache is worth more than either.
 #pragma once
 
 #include <algorithm>
@@ -53,8 +53,8 @@ inline void with_constant(int64_t n, F&& f) {
   f(std::integral_constant<int, kMax>{});
 }
 
-// Rows of a register tile: its 12 sums, kVecs vectors of b and a broadcast fit the 16 registers of AVX2, and 12
-// independent sums cover the latency of two multiply-adds a cycle.
+// Rows of a register tile: its 12 sums, kVecs vectors of b and a broadcast fit the 16 registers of AVX2, and
+// 12 independent sums cover the latency of two multiply-adds a cycle.
 inline constexpr int kMostRows = 12;
 template <int kVecs>
 inline constexpr int kTileRows = kMostRows / kVecs;
@@ -122,13 +122,14 @@ void last_columns(int64_t rows, int64_t columns, int64_t k, const T* a, int64_t 
   }
 }
 
-// c[rows, columns] (+)= a @ b, row-major; a is [rows, k], or [k, rows] with kTransposed. Sums run over k in order.
+// c[rows, columns] (+)= a @ b, row-major; a is [rows, k], or [k, rows] with kTransposed. Sums run over k in
+// order.
 template <typename T, bool kTransposed>
 void multiply(int64_t rows, int64_t columns, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb,
               bool add, T* c, int64_t ldc) {
   constexpr int64_t kWidth = kLanes<T>;
-  // Rows of the result at a time: all of them where b is long (transposed a: k is the chunk's rows) and a slice of
-  // it should stay in the first-level cache; a tile or two where c is what streams.
+  // Rows of the result at a time: all of them where b is long (transposed a: k is the chunk's rows) and a
+  // slice of it should stay in the first-level cache; a tile or two where c is what streams.
   const int64_t group = kTransposed ? std::max<int64_t>(rows, 1) : kMostRows;
   for (int64_t i = 0; i < rows; i += group) {
     const int64_t count = std::min(group, rows - i);

@@ -149,9 +149,9 @@ struct PackedLora {
                  coeff = lora.coeff.to(acc).contiguous();
     dispatch_acc(acc, [&](auto zero) {
       using T = decltype(zero);
-      active = kernels::lora_pack_cpu<T>(shape, a.const_data_ptr<T>(), b.const_data_ptr<T>(),
-                                         coeff.const_data_ptr<T>(), factors.mutable_data_ptr<T>(),
-                                         order.data());
+      active =
+          kernels::lora_pack_cpu<T>(shape, a.const_data_ptr<T>(), b.const_data_ptr<T>(),
+                                    coeff.const_data_ptr<T>(), factors.mutable_data_ptr<T>(), order.data());
     });
   }
 };
@@ -204,7 +204,8 @@ FactorGrads CpuBackend::norm_kron_backward(const Tensor& x, Norm norm, Factors f
   const Tensor wide = widened(x);
   const auto acc = wide.scalar_type();
   const WideNorm wide_norm(norm, 0.0, x.size(1), acc);
-  const Tensor base = widened(grad_base), branch = grad_branch.is_same(grad_base) ? base : widened(grad_branch);
+  const Tensor base = widened(grad_base),
+               branch = grad_branch.is_same(grad_base) ? base : widened(grad_branch);
   const Tensor sum = wide_result(grad_x, acc), weight = wide_result(grad_weight, acc),
                bias = wide_result(grad_bias, acc);
   auto grads = run_backward(s, wide, &wide_norm, f, base, branch, false, sum, weight, bias);

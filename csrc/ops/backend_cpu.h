@@ -1,5 +1,6 @@
-// The primitives that ops are composed of, on CPU; ops.h is written once over this and backend_cuda.h. All matrices are 2-D and contiguous, [num_tokens, features]. 16-bit tensors are computed in
-// float32 and rounded once.
+// The primitives that ops are composed of, on CPU; ops.h is written once over this and backend_cuda.h. All
+// matrices are 2-D and contiguous, [num_tokens, features]. 16-bit tensors are computed in float32 and rounded
+// once.
 #pragma once
 
 #include "ops/backend.h"
@@ -28,7 +29,8 @@ struct CpuBackend {
   // y + y @ W', y = layer_norm(x). Fills mean and rstd.
   static Tensor norm_kron_forward(const Tensor& x, Norm norm, double eps, Factors f,
                                   at::ScalarType out_dtype);
-  // The gradient of y is grad_base + grad_branch @ W'^T. Fills grad_x, grad_weight and grad_bias where defined.
+  // The gradient of y is grad_base + grad_branch @ W'^T. Fills grad_x, grad_weight and grad_bias where
+  // defined.
   static FactorGrads norm_kron_backward(const Tensor& x, Norm norm, Factors f, const Tensor& grad_base,
                                         const Tensor& grad_branch, const Tensor& grad_x,
                                         const Tensor& grad_weight, const Tensor& grad_bias);
