@@ -15,14 +15,18 @@ using simd::multiply;
 using simd::store;
 using simd::Vec;
 
+// Scale and its gradient, spread over an expert's rank, lie as [width / 8, s_in, s_out, 8]: mixing walks all
+// pairs of blocks for one vector of the width, and at 32 experts only such a slice of them stays in cache.
+constexpr int64_t kGroup = 8;
+
 // Codes' width with room for whole vectors of either type; the padding columns are never summed over.
-int64_t padded_width(const KronShape& s) { return simd::round_up<float>(s.width()); }
+int64_t padded_width(const KronShape& s) { return (s.width() + kGroup - 1) / kGroup * kGroup; }
 
 struct PackedLayout {
   int64_t width, spread, down, down_t, up, up_t, size;
 
   explicit PackedLayout(const KronShape& s) : width(padded_width(s)) {
-    spread = 0;                                // [s_in, s_out, width], scale repeated over an expert's rank
+    spread = 0;  // [width / 8, s_in, s_out, 8], scale repeated over an expert's rank
     down = spread + s.s_in * s.s_out * width;  // [p_in, width]
     up_t = down + s.p_in * width;              // [p_out, width]
     down_t = up_t + s.p_out * width;           // [width, p_in]
@@ -35,7 +39,7 @@ struct PartialLayout {
   int64_t width, spread, down, up, weight, bias, size;
 
   explicit PartialLayout(const KronShape& s) : width(padded_width(s)) {
-    spread = 0;                                // [s_in, s_out, width]
+    spread = 0;                                // [width / 8, s_in, s_out, 8]
     down = spread + s.s_in * s.s_out * width;  // [p_in, width]
     up = down + s.p_in * width;                // [s.width(), p_out]
     weight = up + s.width() * s.p_out;         // [embed_dim]
@@ -87,17 +91,18 @@ template <typename T>
 void mix(int64_t tokens, const T* in, const T* spread, int64_t stride_i, int64_t stride_j, int64_t s_in,
          int64_t s_out, int64_t width, T* out) {
   constexpr int kTokens = 3, kBlocks = 4;
-  for (int64_t t = 0; t < tokens; t += kTokens) {
-    simd::with_constant<kTokens>(std::min<int64_t>(tokens - t, kTokens), [&](auto count) {
-      for (int64_t j = 0; j < s_out; j += kBlocks) {
-        simd::with_constant<kBlocks>(std::min<int64_t>(s_out - j, kBlocks), [&](auto blocks) {
-          for (int64_t v = 0; v < width; v += kLanes<T>) {
-            mix_tile<T, count(), blocks()>(in + t * s_in * width + v, spread + j * stride_j + v, stride_i,
+  for (int64_t v = 0; v < width; v += kLanes<T>) {
+    const T* slice = spread + v / kGroup * kGroup * s_in * s_out + v % kGroup;
+    for (int64_t t = 0; t < tokens; t += kTokens) {
+      simd::with_constant<kTokens>(std::min<int64_t>(tokens - t, kTokens), [&](auto count) {
+        for (int64_t j = 0; j < s_out; j += kBlocks) {
+          simd::with_constant<kBlocks>(std::min<int64_t>(s_out - j, kBlocks), [&](auto blocks) {
+            mix_tile<T, count(), blocks()>(in + t * s_in * width + v, slice + j * stride_j, stride_i,
                                            stride_j, s_in, s_out, width, out + (t * s_out + j) * width + v);
-          }
-        });
-      }
-    });
+          });
+        }
+      });
+    }
   }
 }
 
@@ -109,7 +114,7 @@ inline void spread_grad_tile(int64_t tokens, const T* code, const T* grad_mixed,
 #pragma GCC unroll 4
   for (int a = 0; a < kIn; ++a) {
 #pragma GCC unroll 2
-    for (int b = 0; b < kOut; ++b) acc[a][b] = load(sums + (a * s_out + b) * width);
+    for (int b = 0; b < kOut; ++b) acc[a][b] = load(sums + (a * s_out + b) * kGroup);
   }
   for (int64_t t = 0; t < tokens; ++t) {
     Vec<T> grads[kOut];
@@ -125,7 +130,7 @@ inline void spread_grad_tile(int64_t tokens, const T* code, const T* grad_mixed,
 #pragma GCC unroll 4
   for (int a = 0; a < kIn; ++a) {
 #pragma GCC unroll 2
-    for (int b = 0; b < kOut; ++b) store(sums + (a * s_out + b) * width, acc[a][b]);
+    for (int b = 0; b < kOut; ++b) store(sums + (a * s_out + b) * kGroup, acc[a][b]);
   }
 }
 
@@ -133,17 +138,18 @@ template <typename T>
 void add_spread_grad(int64_t tokens, const T* code, const T* grad_mixed, int64_t s_in, int64_t s_out,
                      int64_t width, T* sums) {
   constexpr int kIn = 4, kOut = 2;
-  for (int64_t a = 0; a < s_in; a += kIn) {
-    simd::with_constant<kIn>(std::min<int64_t>(s_in - a, kIn), [&](auto ins) {
-      for (int64_t b = 0; b < s_out; b += kOut) {
-        simd::with_constant<kOut>(std::min<int64_t>(s_out - b, kOut), [&](auto outs) {
-          for (int64_t v = 0; v < width; v += kLanes<T>) {
+  for (int64_t v = 0; v < width; v += kLanes<T>) {
+    T* slice = sums + v / kGroup * kGroup * s_in * s_out + v % kGroup;
+    for (int64_t a = 0; a < s_in; a += kIn) {
+      simd::with_constant<kIn>(std::min<int64_t>(s_in - a, kIn), [&](auto ins) {
+        for (int64_t b = 0; b < s_out; b += kOut) {
+          simd::with_constant<kOut>(std::min<int64_t>(s_out - b, kOut), [&](auto outs) {
             spread_grad_tile<T, ins(), outs()>(tokens, code + a * width + v, grad_mixed + b * width + v, s_in,
-                                               s_out, width, sums + (a * s_out + b) * width + v);
-          }
-        });
-      }
-    });
+                                               s_out, width, slice + (a * s_out + b) * kGroup);
+          });
+        }
+      });
+    }
   }
 }
 
@@ -154,7 +160,7 @@ int64_t kron_chunk_tokens_cpu(const KronShape& s) {
   // KiB.
   const int64_t widest = std::max(
       {s.s_in * s.p_in, s.s_out * s.p_out, s.s_in * padded_width(s), s.s_out * padded_width(s), int64_t{1}});
-  return std::clamp<int64_t>(12288 / widest, 1, 64);
+  return std::clamp<int64_t>(12288 / widest, 6, 64);
 }
 
 int64_t kron_packed_size_cpu(const KronShape& s) { return PackedLayout(s).size; }
@@ -171,10 +177,13 @@ int64_t kron_partials_cpu(const KronShape& s) {
 template <typename T>
 void kron_pack_cpu(const KronShape& s, const T* scale, const T* down, const T* up, T* packed) {
   const PackedLayout at(s);
+  const int64_t blocks = s.s_in * s.s_out;
   std::fill_n(packed, at.size, T(0));
   for (int64_t e = 0; e < s.num_experts; ++e) {
-    for (int64_t ab = 0; ab < s.s_in * s.s_out; ++ab) {
-      std::fill_n(packed + at.spread + ab * at.width + e * s.rank, s.rank, scale[e * s.s_in * s.s_out + ab]);
+    for (int64_t ab = 0; ab < blocks; ++ab) {
+      for (int64_t k = e * s.rank; k < (e + 1) * s.rank; ++k) {
+        packed[at.spread + (k / kGroup * blocks + ab) * kGroup + k % kGroup] = scale[e * blocks + ab];
+      }
     }
     for (int64_t i = 0; i < s.p_in; ++i) {
       for (int64_t k = 0; k < s.rank; ++k) {
@@ -210,7 +219,7 @@ void kron_forward_cpu(const KronShape& s, const T* packed, const T* x, const Kro
     }
     multiply<T, false>(tokens * s.s_in, width, s.p_in, rows, s.p_in, packed + at.down, width, false, code,
                        width);
-    mix(tokens, code, packed + at.spread, s.s_out * width, width, s.s_in, s.s_out, width, mixed);
+    mix(tokens, code, packed + at.spread, s.s_out * kGroup, kGroup, s.s_in, s.s_out, width, mixed);
     multiply<T, false>(tokens * s.s_out, s.p_out, s.width(), mixed, width, packed + at.up, s.p_out,
                        beta || norm != nullptr, result, s.p_out);
   }
@@ -242,8 +251,8 @@ void kron_backward_cpu(const KronShape& s, const T* packed, const T* x, const T*
     multiply<T, false>(rows_in, width, s.p_in, rows, s.p_in, packed + at.down, width, false, code, width);
     multiply<T, false>(rows_out, width, s.p_out, grad, s.p_out, packed + at.up_t, width, false, grad_mixed,
                        width);
-    mix(tokens, code, packed + at.spread, s.s_out * width, width, s.s_in, s.s_out, width, mixed);
-    mix(tokens, grad_mixed, packed + at.spread, width, s.s_out * width, s.s_out, s.s_in, width, grad_code);
+    mix(tokens, code, packed + at.spread, s.s_out * kGroup, kGroup, s.s_in, s.s_out, width, mixed);
+    mix(tokens, grad_mixed, packed + at.spread, kGroup, s.s_out * kGroup, s.s_out, s.s_in, width, grad_code);
     add_spread_grad(tokens, code, grad_mixed, s.s_in, s.s_out, width, partial + sum.spread);
     multiply<T, true>(s.width(), s.p_out, rows_out, mixed, width, grad, s.p_out, true, partial + sum.up,
                       s.p_out);
@@ -286,11 +295,14 @@ void kron_reduce_cpu(const KronShape& s, const T* partials, int64_t parts, T* gr
   // A row of the low-rank gradients at a time: all partial sums of it stay in cache.
   std::vector<T> sums(at.width);
   T* row = sums.data();
+  const int64_t blocks = s.s_in * s.s_out;
   std::fill_n(grad_scale, s.scale_size(), T(0));
-  for (int64_t ab = 0; ab < s.s_in * s.s_out; ++ab) {
-    add_up(at.spread + ab * at.width, at.width, row);
-    for (int64_t e = 0; e < s.num_experts; ++e) {
-      for (int64_t k = 0; k < s.rank; ++k) grad_scale[e * s.s_in * s.s_out + ab] += row[e * s.rank + k];
+  for (int64_t k = 0; k < s.width(); k += kGroup) {
+    for (int64_t ab = 0; ab < blocks; ++ab) {
+      add_up(at.spread + k * blocks + ab * kGroup, kGroup, row);
+      for (int64_t l = 0; l < std::min(kGroup, s.width() - k); ++l) {
+        grad_scale[(k + l) / s.rank * blocks + ab] += row[l];
+      }
     }
   }
   for (int64_t i = 0; i < s.p_in; ++i) {
