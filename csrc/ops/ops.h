@@ -22,6 +22,10 @@ inline Tensor with_width(const Tensor& flat, const Tensor& x) {
   return flat.view(sizes);
 }
 
+// A backend whose composition joins the norm, the Kronecker map and the residual (CPU: one pass over the tokens).
+template <typename Backend>
+concept FusesNorm = requires { &Backend::norm_kron_forward; };
+
 // out of a call, and sum, mean and rstd where they are defined. Written over the backend's primitives where it has no
 // kernel for the whole.
 template <typename Backend>
@@ -32,10 +36,16 @@ Tensor run_forward(const AloreCall& call, const Tensor& sum, const Tensor& mean,
 
   if (sum.defined()) at::add_out(const_cast<Tensor&>(sum), call.x, call.residual);
   Tensor base = sum.defined() ? sum : call.x;
+  const bool dropout = call.dropout_p > 0.0;
+  if constexpr (FusesNorm<Backend>) {
+    if (call.norm && !dropout) {
+      return Backend::norm_kron_forward(base, {call.weight, call.bias, mean, rstd}, call.eps, call.factors,
+                                        call.out_dtype);
+    }
+  }
   if (call.norm) {
     base = Backend::layer_norm_forward(base, call.weight, call.bias, call.eps, call.out_dtype, mean, rstd);
   }
-  const bool dropout = call.dropout_p > 0.0;
   if (call.add_base && !dropout) {
     const Tensor onto = call.norm ? base : base.clone();
     Backend::kron_forward(base, call.factors, 1.0, onto);
@@ -79,20 +89,29 @@ AloreGrads run_backward(const AloreCall& call, const Tensor& grad_out, const Ten
     grads.x = grad_x;
     return grads;
   }
-  const Tensor base =
-      Backend::layer_norm_recompute(call.x, call.weight, call.bias, mean, rstd, grad_out.scalar_type());
-  const Tensor grad_base = want_x || want_affine ? at::empty_like(base) : Tensor();
-  grads.factors = Backend::kron_backward(base, branch, call.factors, 0.0, grad_base);
-  if (want_x) {
-    grads.x = Backend::layer_norm_backward(grad_out, grad_base, call.x, call.weight, mean, rstd);
-    if (grad_sum.defined()) grads.x.add_(grad_sum);
+  const auto affine = [&] {
+    return (call.weight.has_value() && call.weight->defined() ? *call.weight : *call.bias).scalar_type();
+  };
+  if constexpr (FusesNorm<Backend>) {
+    if (want_x) grads.x = at::empty_like(call.x);
+    if (want_affine) {
+      grads.weight = at::empty({call.x.size(1)}, call.x.options().dtype(affine()));
+      grads.bias = at::empty_like(grads.weight);
+    }
+    grads.factors = Backend::norm_kron_backward(call.x, {call.weight, call.bias, mean, rstd}, call.factors, grad_out,
+                                                branch, grads.x, grads.weight, grads.bias);
+  } else {
+    const Tensor base =
+        Backend::layer_norm_recompute(call.x, call.weight, call.bias, mean, rstd, grad_out.scalar_type());
+    const Tensor grad_base = want_x || want_affine ? at::empty_like(base) : Tensor();
+    grads.factors = Backend::kron_backward(base, branch, call.factors, 0.0, grad_base);
+    if (want_x) grads.x = Backend::layer_norm_backward(grad_out, grad_base, call.x, call.weight, mean, rstd);
+    if (want_affine) {
+      std::tie(grads.weight, grads.bias) =
+          Backend::layer_norm_affine_backward(grad_out, grad_base, call.x, mean, rstd, affine());
+    }
   }
-  if (want_affine) {
-    const auto affine =
-        (call.weight.has_value() && call.weight->defined() ? *call.weight : *call.bias).scalar_type();
-    std::tie(grads.weight, grads.bias) =
-        Backend::layer_norm_affine_backward(grad_out, grad_base, call.x, mean, rstd, affine);
-  }
+  if (want_x && grad_sum.defined()) grads.x.add_(grad_sum);
   return grads;
 }
 
