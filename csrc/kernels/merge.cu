@@ -23,7 +23,8 @@ void merge_grouped(const CudaContext& context, DType target, const PlannedMerge*
   size_t shared_bytes = 0;
   const auto flush = [&] {
     if (table.count > 0) {
-      dispatch(target, [&](auto tag) { launch<typename decltype(tag)::type>(context, table, tiles, shared_bytes); });
+      dispatch(target,
+               [&](auto tag) { launch<typename decltype(tag)::type>(context, table, tiles, shared_bytes); });
     }
     table.count = 0;
     tiles = 0;

@@ -1,5 +1,6 @@
 // In-place merges of many adapters in one launch (merge_plan.h says what a merge is):
-//   token <- token + token @ W',  W' = sum_e kron(scale[e], enc[e] @ dec[e]),  or  token <- token + code @ dec.
+//   token <- token + token @ W',  W' = sum_e kron(scale[e], enc[e] @ dec[e]),  or  token <- token + code @
+//   dec.
 // Products and sums in float32 (float64 for float64 targets) over factors that are not rounded, and one
 // rounding to the target's dtype. The order of every sum depends on the shapes alone: the same bits whatever
 // the layout, the alignment, and the other entries of the launch.

@@ -49,7 +49,8 @@ MergePlan plan_merge(const MergeShape& s, size_t shared_limit) {
     return refuse("float64 factors on a narrower weight");
   }
   if (s.num_tokens > kMaxInt || token_elements > kMaxInt || s.code_width() > kMaxInt ||
-      s.num_experts * std::max(s.p_in, s.p_out) * s.rank > kMaxInt || s.num_experts * s.s_in * s.s_out > kMaxInt) {
+      s.num_experts * std::max(s.p_in, s.p_out) * s.rank > kMaxInt ||
+      s.num_experts * s.s_in * s.s_out > kMaxInt) {
     return refuse("sizes beyond 32 bits");
   }
   if (s.num_tokens > 0 && !is_injective(s, token_elements)) return refuse("strides that may overlap");
@@ -65,7 +66,8 @@ MergePlan plan_merge(const MergeShape& s, size_t shared_limit) {
   }
   if (shared_bytes(s, tokens * blocks) > shared_limit) return refuse("codes that shared memory cannot hold");
 
-  if (tokens * s.token_stride + (token_elements + kMergeChunk) * s.element_stride > kMaxInt) return refuse("sizes beyond 32 bits");
+  if (tokens * s.token_stride + (token_elements + kMergeChunk) * s.element_stride > kMaxInt)
+    return refuse("sizes beyond 32 bits");
 
   MergePlan plan;
   plan.taken = true;
@@ -78,8 +80,8 @@ MergePlan plan_merge(const MergeShape& s, size_t shared_limit) {
   return plan;
 }
 
-MergeEntry merge_entry(const MergeShape& s, const MergePlan& plan, void* target, MergeFactor enc, MergeFactor dec,
-                       MergeFactor scale) {
+MergeEntry merge_entry(const MergeShape& s, const MergePlan& plan, void* target, MergeFactor enc,
+                       MergeFactor dec, MergeFactor scale) {
   MergeEntry entry;
   entry.target = target;
   entry.token_stride = s.token_stride;
@@ -103,10 +105,11 @@ MergeEntry merge_entry(const MergeShape& s, const MergePlan& plan, void* target,
   // multiple of 16 bytes.
   const int64_t vector = merge_vector(s.target);
   const bool aligned = reinterpret_cast<uintptr_t>(target) % 16 == 0;
-  entry.vectors = aligned && (plan.rows ? s.element_stride == 1 && s.p_in % vector == 0 && s.p_out % vector == 0 &&
-                                              (s.num_tokens == 1 || s.token_stride % vector == 0)
-                                        : s.token_stride == 1 && s.element_stride % vector == 0 &&
-                                              plan.tokens_per_tile % vector == 0);
+  entry.vectors =
+      aligned && (plan.rows ? s.element_stride == 1 && s.p_in % vector == 0 && s.p_out % vector == 0 &&
+                                  (s.num_tokens == 1 || s.token_stride % vector == 0)
+                            : s.token_stride == 1 && s.element_stride % vector == 0 &&
+                                  plan.tokens_per_tile % vector == 0);
   return entry;
 }
 
@@ -116,8 +119,9 @@ std::string MergePlan::to_string() const {
     out << "MergePlan(path=composed, reason=\"" << reason << "\")";
     return out.str();
   }
-  out << "MergePlan(path=grouped, layout=" << (rows ? "rows" : "columns") << ", tokens_per_tile=" << tokens_per_tile
-      << ", num_tiles=" << num_tiles << ", splits=" << splits << ", shared_bytes=" << shared_bytes << ")";
+  out << "MergePlan(path=grouped, layout=" << (rows ? "rows" : "columns")
+      << ", tokens_per_tile=" << tokens_per_tile << ", num_tiles=" << num_tiles << ", splits=" << splits
+      << ", shared_bytes=" << shared_bytes << ")";
   return out.str();
 }
 

@@ -1,5 +1,5 @@
-// How one in-place merge runs on a GPU: a pure function of shape, dtypes, strides and the shared memory that a
-// block may have. It touches no device, so a test can print it and assert it at its boundaries.
+// How one in-place merge runs on a GPU: a pure function of shape, dtypes, strides and the shared memory that
+// a block may have. It touches no device, so a test can print it and assert it at its boundaries.
 //
 // A merge is a map over the tokens of a matrix, written back in place: token <- token + token @ W'. The rows
 // of a weight are tokens of the transposed map (side "before"), its columns and the bias tokens of the map
@@ -30,13 +30,13 @@ struct MergeShape {
 };
 
 struct MergePlan {
-  bool taken = false;        // whether the grouped kernel takes this merge
-  const char* reason = "";   // where not: why
-  bool rows = true;          // whether neighbouring threads read along a token, or across tokens
-  int tokens_per_tile = 0;   // tokens of one thread block
-  int64_t num_tiles = 0;     // thread blocks
-  int splits = 1;            // low_rank: tiles side by side along a token
-  size_t shared_bytes = 0;   // dynamic shared memory of a thread block
+  bool taken = false;       // whether the grouped kernel takes this merge
+  const char* reason = "";  // where not: why
+  bool rows = true;         // whether neighbouring threads read along a token, or across tokens
+  int tokens_per_tile = 0;  // tokens of one thread block
+  int64_t num_tiles = 0;    // thread blocks
+  int splits = 1;           // low_rank: tiles side by side along a token
+  size_t shared_bytes = 0;  // dynamic shared memory of a thread block
 
   std::string to_string() const;
 };
@@ -46,10 +46,11 @@ inline constexpr size_t kLeastSharedLimit = 99 * 1024;
 
 MergePlan plan_merge(const MergeShape& shape, size_t shared_limit);
 
-// ---- What the plan and the kernel must agree in ------------------------------------------------------------
+// ---- What the plan and the kernel must agree in
+// ------------------------------------------------------------
 
 inline constexpr int kMergeThreads = 128;
-inline constexpr int kMergeChunk = 32;   // elements of each token block that are staged at a time
+inline constexpr int kMergeChunk = 32;    // elements of each token block that are staged at a time
 inline constexpr int kMergeColumns = 16;  // columns of the code that are computed at a time
 inline constexpr int kMergeGroups = 2;   // groups of threads that share rows and split what is done with them
 inline constexpr int kMergeSplit = 256;  // elements of a token in one tile of a low-rank merge
@@ -69,7 +70,8 @@ constexpr int merge_code_stride(DType acc) { return kMergeColumns + merge_vector
 // fewer, so that a thread's rows are a constant apart.
 constexpr size_t merge_stage_bytes(DType target) {
   const DType acc = accumulate_type(target);
-  const size_t chunk = merge_stage_stride(target) * size_of(target), code = merge_code_stride(acc) * size_of(acc);
+  const size_t chunk = merge_stage_stride(target) * size_of(target),
+               code = merge_code_stride(acc) * size_of(acc);
   return merge_rows(acc) * (chunk > code ? chunk : code);
 }
 
