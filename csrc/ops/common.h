@@ -11,7 +11,10 @@
 namespace alore::ops {
 
 using at::Tensor;
+using at::TensorList;
 using OptTensor = std::optional<Tensor>;
+using OptTensorList = c10::List<std::optional<Tensor>>;
+using Strings = c10::List<std::string>;
 
 kernels::DType kernel_dtype(at::ScalarType type);
 
@@ -36,9 +39,10 @@ void check_layer_norm(const char* op, const Tensor& x, const OptTensor& weight, 
 void check_statistics(const char* op, const Tensor& x, const Tensor& mean, const Tensor& rstd);
 void check_lora(const char* op, const Tensor& x, const Tensor& weight, const OptTensor& bias,
                 const Tensor& lora_a, const Tensor& lora_b, const Tensor& coeff);
-void check_merge_kron(const Tensor& weight, const OptTensor& bias, const Tensor& scale, const Tensor& down,
-                      const Tensor& up, std::string_view side);
-void check_merge_lora(const Tensor& weight, const Tensor& lora_a, const Tensor& lora_b, const Tensor& coeff);
+void check_merge_kron(const char* op, const Tensor& weight, const OptTensor& bias, const Tensor& scale,
+                      const Tensor& down, const Tensor& up, std::string_view side);
+void check_merge_lora(const char* op, const Tensor& weight, const Tensor& lora_a, const Tensor& lora_b,
+                      const Tensor& coeff);
 
 // grad_out must look like the forward's output.
 void check_grad(const char* op, const Tensor& grad_out, c10::SymIntArrayRef sizes, const Tensor& like,
