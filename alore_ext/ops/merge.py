@@ -66,7 +66,17 @@ def merge_kron_grouped_(
     """
     if any(len(values) for values in (weight, bias, scale, down, up, side)):
         _require_entries("merge_kron_grouped_", weight)
-        torch.ops.alore_ext.merge_kron_grouped_(list(weight), list(bias), list(scale), list(down), list(up), list(side))
+        _require_length("merge_kron_grouped_", "bias", bias, weight)
+        biases = [(i, b) for i, b in enumerate(bias) if b is not None]
+        torch.ops.alore_ext.merge_kron_grouped_(
+            list(weight),
+            [b for _, b in biases],
+            [i for i, _ in biases],
+            list(scale),
+            list(down),
+            list(up),
+            list(side),
+        )
 
 
 def merge_lora_grouped_(
@@ -94,6 +104,11 @@ def _require_entries(op: str, weight: Sequence[Tensor]) -> None:
     """Without a weight torch would dispatch on another list, or find no tensor to dispatch on."""
     if len(weight) == 0:
         raise RuntimeError(f"{op}: weight has no entries, but other lists have")
+
+
+def _require_length(op: str, name: str, values: Sequence, weight: Sequence[Tensor]) -> None:
+    if len(values) != len(weight):
+        raise RuntimeError(f"{op}: {name} must have as many entries as weight, {len(weight)}, got {len(values)}")
 
 
 def plan_merge_kron(

@@ -15,14 +15,9 @@ using torch::autograd::variable_list;
 
 inline bool requires_grad(const Tensor& t) { return t.defined() && t.requires_grad(); }
 inline bool requires_grad(const OptTensor& t) { return t.has_value() && requires_grad(*t); }
-
-// Of any tensor in a list, plain or optional.
-template <typename List>
-bool any_of_list_requires_grad(const List& list) {
-  return std::any_of(list.begin(), list.end(), [](const auto& t) { return requires_grad(OptTensor(t)); });
+inline bool requires_grad(TensorList list) {
+  return std::any_of(list.begin(), list.end(), [](const Tensor& t) { return requires_grad(t); });
 }
-inline bool requires_grad(TensorList list) { return any_of_list_requires_grad(list); }
-inline bool requires_grad(const OptTensorList& list) { return any_of_list_requires_grad(list); }
 
 template <typename... Tensors>
 bool any_requires_grad(const Tensors&... tensors) {

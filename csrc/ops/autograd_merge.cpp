@@ -48,18 +48,20 @@ void merge_lora_autograd(const Tensor& weight, const Tensor& lora_a, const Tenso
   bump_version(weight);
 }
 
-void merge_kron_grouped_autograd(TensorList weight, const OptTensorList& bias, TensorList scale,
-                                 TensorList down, TensorList up, const Strings& side) {
+void merge_kron_grouped_autograd(TensorList weight, TensorList bias, at::IntArrayRef bias_of,
+                                 TensorList scale, TensorList down, TensorList up, const Strings& side) {
   constexpr const char* op = "merge_kron_grouped_";
   refuse_recording(op, weight, bias, scale, down, up);
   for (size_t i = 0; i < weight.size(); ++i) refuse_inference(op, weight[i], "weight[", i, "]");
-  for (size_t i = 0; i < bias.size(); ++i) refuse_inference(op, bias.get(i), "bias[", i, "]");
+  for (size_t j = 0; j < bias.size() && j < bias_of.size(); ++j) {
+    refuse_inference(op, bias[j], "bias[", bias_of[j], "]");
+  }
   {
     const at::AutoDispatchBelowADInplaceOrView below;
-    merge_kron_grouped__op().call(weight, bias, scale, down, up, side);
+    merge_kron_grouped__op().call(weight, bias, bias_of, scale, down, up, side);
   }
   for (const Tensor& t : weight) bump_version(t);
-  for (size_t i = 0; i < bias.size(); ++i) bump_version(bias.get(i));
+  for (const Tensor& t : bias) bump_version(t);
 }
 
 void merge_lora_grouped_autograd(TensorList weight, TensorList lora_a, TensorList lora_b, TensorList coeff) {

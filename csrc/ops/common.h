@@ -13,7 +13,6 @@ namespace alore::ops {
 using at::Tensor;
 using at::TensorList;
 using OptTensor = std::optional<Tensor>;
-using OptTensorList = c10::List<std::optional<Tensor>>;
 using Strings = c10::List<std::string>;
 
 kernels::DType kernel_dtype(at::ScalarType type);

@@ -33,9 +33,12 @@ void launch_merges(const MergeTargets& targets);
 // float64 where the target or a factor is, else float32: what products and sums are taken in.
 at::ScalarType merge_type(const Tensor& target, const Tensor& factor);
 
+// Each entry's bias, or none; for checked arguments.
+std::vector<OptTensor> bias_by_entry(size_t entries, TensorList bias, at::IntArrayRef bias_of);
+
 // The checks of a group, every entry's and then those between them. Errors name the entry.
-void check_merge_kron_grouped(TensorList weight, const OptTensorList& bias, TensorList scale, TensorList down,
-                              TensorList up, const Strings& side);
+void check_merge_kron_grouped(TensorList weight, TensorList bias, at::IntArrayRef bias_of, TensorList scale,
+                              TensorList down, TensorList up, const Strings& side);
 void check_merge_lora_grouped(TensorList weight, TensorList lora_a, TensorList lora_b, TensorList coeff);
 
 // What one layer's merge rewrites. before: W (I + W')^T, whose tokens are the rows of W. after: (I + W')^T W
@@ -65,12 +68,13 @@ void merge_lora_(const Tensor& weight, const Tensor& lora_a, const Tensor& lora_
 }
 
 template <MergeRunner run>
-void merge_kron_grouped_(TensorList weight, const OptTensorList& bias, TensorList scale, TensorList down,
-                         TensorList up, const Strings& side) {
-  check_merge_kron_grouped(weight, bias, scale, down, up, side);
+void merge_kron_grouped_(TensorList weight, TensorList bias, at::IntArrayRef bias_of, TensorList scale,
+                         TensorList down, TensorList up, const Strings& side) {
+  check_merge_kron_grouped(weight, bias, bias_of, scale, down, up, side);
+  const std::vector<OptTensor> biases = bias_by_entry(weight.size(), bias, bias_of);
   MergeTargets targets;
   for (size_t i = 0; i < weight.size(); ++i) {
-    add_kron(targets, weight[i], bias.get(i), scale[i], down[i], up[i], side.get(i));
+    add_kron(targets, weight[i], biases[i], scale[i], down[i], up[i], side.get(i));
   }
   run(targets);
 }

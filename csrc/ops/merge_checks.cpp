@@ -55,6 +55,15 @@ void check_disjoint(const char* op, std::vector<Extent>& extents) {
   }
 }
 
+void check_bias_of(const char* op, size_t entries, TensorList bias, at::IntArrayRef bias_of) {
+  TORCH_CHECK(bias_of.size() == bias.size(), op, ": bias_of must name an entry for each bias, ", bias.size(),
+              ", got ", bias_of.size());
+  for (size_t j = 0; j < bias_of.size(); ++j) {
+    TORCH_CHECK(bias_of[j] >= (j == 0 ? 0 : bias_of[j - 1] + 1) && bias_of[j] < static_cast<int64_t>(entries),
+                op, ": bias_of must rise within [0, ", entries, "), got ", bias_of);
+  }
+}
+
 void check_devices(const char* op, TensorList weight) {
   for (size_t i = 1; i < weight.size(); ++i) {
     TORCH_CHECK(weight[i].device() == weight[0].device(), entry_name(op, i), ": weight must be on ",
@@ -64,21 +73,28 @@ void check_devices(const char* op, TensorList weight) {
 
 }  // namespace
 
-void check_merge_kron_grouped(TensorList weight, const OptTensorList& bias, TensorList scale, TensorList down,
-                              TensorList up, const Strings& side) {
+std::vector<OptTensor> bias_by_entry(size_t entries, TensorList bias, at::IntArrayRef bias_of) {
+  std::vector<OptTensor> biases(entries);
+  for (size_t j = 0; j < bias_of.size(); ++j) biases[bias_of[j]] = bias[j];
+  return biases;
+}
+
+void check_merge_kron_grouped(TensorList weight, TensorList bias, at::IntArrayRef bias_of, TensorList scale,
+                              TensorList down, TensorList up, const Strings& side) {
   constexpr const char* op = "merge_kron_grouped_";
-  check_length(op, "bias", bias.size(), weight.size());
+  check_bias_of(op, weight.size(), bias, bias_of);
   check_length(op, "scale", scale.size(), weight.size());
   check_length(op, "down", down.size(), weight.size());
   check_length(op, "up", up.size(), weight.size());
   check_length(op, "side", side.size(), weight.size());
+  const std::vector<OptTensor> biases = bias_by_entry(weight.size(), bias, bias_of);
   std::vector<Extent> extents;
   for (size_t i = 0; i < weight.size(); ++i) {
-    const OptTensor b = bias.get(i);
+    const OptTensor& b = biases[i];
     const std::string name = entry_name(op, i), number = "[" + std::to_string(i) + "]", s = side.get(i);
     check_merge_kron(name.c_str(), weight[i], b, scale[i], down[i], up[i], s);
     add_extent(extents, weight[i], "weight" + number);
-    if (s == "after" && b.has_value() && b->defined()) add_extent(extents, *b, "bias" + number);
+    if (s == "after" && b.has_value()) add_extent(extents, *b, "bias" + number);
   }
   check_devices(op, weight);
   check_disjoint(op, extents);

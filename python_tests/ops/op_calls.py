@@ -97,7 +97,8 @@ def merge_calls(device="cpu", dtype=torch.float64, factor_dtype=None):
             namespace.merge_kron_grouped_,
             [
                 [weight.clone() for _ in range(3)],
-                [bias.clone(), None, bias.clone()],
+                [bias.clone(), bias.clone()],
+                [0, 2],
                 *([factor] * 3 for factor in factors),
                 ["before", "after", "after"],
             ],

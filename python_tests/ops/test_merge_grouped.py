@@ -11,8 +11,8 @@ from alore_ext import ops
 
 DEVICES = ["cpu", "meta", *(["cuda"] if torch.cuda.is_available() else [])]
 DTYPE_PAIRS = list(itertools.product(WEIGHT_DTYPES, WEIGHT_DTYPES))
-# num_experts, s_in, s_out, p_in, p_out, rank: several chunks of a block with a rest; codes of one step and of many, up to
-# what no shared memory holds; blocks of unequal number; blocks of 8 elements for the vectors and odd ones for the rest.
+# num_experts, s_in, s_out, p_in, p_out, rank: several chunks of a block with a rest; codes of one step and of many, up
+# to what no shared memory holds; blocks of unequal number; multiples of 8 elements, for the vectors, and odd ones.
 DIMS = [
     (4, 4, 4, 40, 40, 4),
     (2, 2, 2, 70, 70, 3),
@@ -250,6 +250,15 @@ def test_lists_of_unequal_length(op, device):
     refused(op, [[], *lists[1:]], "weight has no entries")
 
 
+@pytest.mark.parametrize("bias_of", [[0], [0, 3], [-1, 0], [1, 0], [1, 1]])
+@on_every_device
+def test_entries_that_biases_belong_to(bias_of, device):
+    """What the Python wrapper never sends."""
+    weight, bias, *rest = kron_lists(device)
+    with pytest.raises(RuntimeError, match="merge_kron_grouped_: bias_of must "):
+        torch.ops.alore_ext.merge_kron_grouped_(weight, bias[:2], bias_of, *rest)
+
+
 @grouped
 @on_every_device
 def test_one_weight_twice(op, device):
@@ -327,7 +336,8 @@ def test_inference_tensors_outside_inference_mode(op, device):
 
 @grouped
 def test_autocast_and_tf32_do_not_lower_a_merge(op, device, monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+    if device.type == "cuda":
+        monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
     lists = GROUPED[op](device, 2)
     wide = [[t.double() if isinstance(t, torch.Tensor) else t for t in values] for values in lists]
     getattr(ops, op)(*wide)
