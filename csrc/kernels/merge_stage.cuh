@@ -153,21 +153,26 @@ struct MergeStage {
   template <int N>
   __device__ void load_chunk(int blocks, int p, int x0) const {
     walk<N>(blocks, p, x0, [](T* staged, const T* global, int count) {
-      if (N > 1 && (kAlong || count == N || count == 0)) {
-        copy_async_16(staged, global, count != 0);
-        return;
+      if constexpr (N > 1) {
+        if (kAlong || count == N || count == 0) return copy_async_16(staged, global, count != 0);
       }
+      if constexpr (N == 1 || !kAlong) {
 #pragma unroll
-      for (int i = 0; i < N; ++i) staged[i] = i < count ? global[i] : convert<T>(0.0f);
+        for (int i = 0; i < N; ++i) staged[i] = i < count ? global[i] : convert<T>(0.0f);
+      }
     });
   }
 
   template <int N>
   __device__ void store_chunk(int blocks, int p, int x0) const {
     walk<N>(blocks, p, x0, [](const T* staged, T* global, int count) {
-      if (N > 1 && count == N) {
-        *reinterpret_cast<Vector*>(global) = *reinterpret_cast<const Vector*>(staged);
-      } else if (N == 1 || !kAlong) {
+      if constexpr (N > 1) {
+        if (count == N) {
+          *reinterpret_cast<Vector*>(global) = *reinterpret_cast<const Vector*>(staged);
+          return;
+        }
+      }
+      if constexpr (N == 1 || !kAlong) {
         for (int i = 0; i < count; ++i) global[i] = staged[i];
       }
     });
