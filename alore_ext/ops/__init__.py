@@ -7,7 +7,14 @@ gradients have their own dtype. Shape and dtype errors are `RuntimeError`s that 
 
 from .kron import alore, kron_linear, layer_norm_alore, plan_alore, plan_kron
 from .lora import masked_lora_linear
-from .merge import merge_kron_, merge_lora_
+from .merge import (
+    merge_kron_,
+    merge_kron_grouped_,
+    merge_lora_,
+    merge_lora_grouped_,
+    plan_merge_kron,
+    plan_merge_lora,
+)
 
 __all__ = [
     "alore",
@@ -15,7 +22,11 @@ __all__ = [
     "layer_norm_alore",
     "masked_lora_linear",
     "merge_kron_",
+    "merge_kron_grouped_",
     "merge_lora_",
     "plan_alore",
+    "merge_lora_grouped_",
     "plan_kron",
+    "plan_merge_kron",
+    "plan_merge_lora",
 ]

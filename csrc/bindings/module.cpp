@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "kernels/alore.h"
+#include "kernels/merge_plan.h"
 #include "kernels/plan.h"
 #include "ops/common.h"
 
@@ -85,6 +86,25 @@ py::object plan_alore(int64_t num_tokens, int64_t num_experts, int64_t num_block
                   : py::cast(alore::kernels::plan_alore_forward(shape, device));
 }
 
+alore::kernels::MergePlan plan_merge(int64_t num_tokens, int64_t num_experts, int64_t s_in, int64_t s_out,
+                                     int64_t p_in, int64_t p_out, int64_t rank, bool low_rank,
+                                     at::ScalarType dtype, at::ScalarType factor_dtype, int64_t token_stride,
+                                     int64_t element_stride, size_t shared_limit) {
+  const alore::kernels::MergeShape shape{num_tokens,
+                                         num_experts,
+                                         s_in,
+                                         s_out,
+                                         p_in,
+                                         p_out,
+                                         rank,
+                                         low_rank,
+                                         alore::ops::kernel_dtype(dtype),
+                                         alore::ops::kernel_dtype(factor_dtype),
+                                         token_stride,
+                                         element_stride};
+  return alore::kernels::plan_merge(shape, shared_limit);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -128,5 +148,20 @@ PYBIND11_MODULE(_C, m) {
   m.def("plan_kron", &plan_kron, py::arg("num_tokens"), py::arg("num_experts"), py::arg("s_in"),
         py::arg("s_out"), py::arg("p_in"), py::arg("p_out"), py::arg("rank"), py::arg("dtype"),
         py::arg("factor_dtype"), py::arg("backward"));
+  using alore::kernels::MergePlan;
+  py::class_<MergePlan>(m, "MergePlan")
+      .def_readonly("taken", &MergePlan::taken)
+      .def_readonly("reason", &MergePlan::reason)
+      .def_readonly("rows", &MergePlan::rows)
+      .def_readonly("tokens_per_tile", &MergePlan::tokens_per_tile)
+      .def_readonly("num_tiles", &MergePlan::num_tiles)
+      .def_readonly("splits", &MergePlan::splits)
+      .def_readonly("shared_bytes", &MergePlan::shared_bytes)
+      .def("__repr__", &MergePlan::to_string);
+  m.def("plan_merge", &plan_merge, py::kw_only(), py::arg("num_tokens"), py::arg("num_experts"),
+        py::arg("s_in"), py::arg("s_out"), py::arg("p_in"), py::arg("p_out"), py::arg("rank"),
+        py::arg("low_rank"), py::arg("dtype"), py::arg("factor_dtype"), py::arg("token_stride"),
+        py::arg("element_stride"), py::arg("shared_limit"));
+  m.attr("LEAST_SHARED_LIMIT") = alore::kernels::kLeastSharedLimit;
   m.attr("MAX_WORKSPACE_BYTES") = alore::kernels::kMaxWorkspaceBytes;
 }

@@ -220,9 +220,8 @@ void check_lora(const char* op, const Tensor& x, const Tensor& weight, const Opt
   check_factor_dtype(op, "lora_a", lora_a.scalar_type(), x.scalar_type());
 }
 
-void check_merge_kron(const Tensor& weight, const OptTensor& bias, const Tensor& scale, const Tensor& down,
-                      const Tensor& up, std::string_view side) {
-  constexpr const char* op = "merge_kron_";
+void check_merge_kron(const char* op, const Tensor& weight, const OptTensor& bias, const Tensor& scale,
+                      const Tensor& down, const Tensor& up, std::string_view side) {
   check_merge_target(op, weight);
   TORCH_CHECK(side == "before" || side == "after", op, ": side must be \"before\" or \"after\", got \"", side,
               "\"");
@@ -243,10 +242,11 @@ void check_merge_kron(const Tensor& weight, const OptTensor& bias, const Tensor&
   }
 }
 
-void check_merge_lora(const Tensor& weight, const Tensor& lora_a, const Tensor& lora_b, const Tensor& coeff) {
-  check_merge_target("merge_lora_", weight);
-  check_lora_factors("merge_lora_", weight, lora_a, lora_b, coeff);
-  check_floating("merge_lora_", "lora_a", lora_a);
+void check_merge_lora(const char* op, const Tensor& weight, const Tensor& lora_a, const Tensor& lora_b,
+                      const Tensor& coeff) {
+  check_merge_target(op, weight);
+  check_lora_factors(op, weight, lora_a, lora_b, coeff);
+  check_floating(op, "lora_a", lora_a);
 }
 
 void check_grad(const char* op, const Tensor& grad_out, c10::SymIntArrayRef sizes, const Tensor& like,

@@ -12,9 +12,11 @@
 namespace alore::ops {
 
 using at::Tensor;
+using at::TensorList;
 using OptTensor = std::optional<Tensor>;
 using T4 = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using T6 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Strings = c10::List<std::string>;
 
 kernels::DType kernel_dtype(at::ScalarType type);
 
@@ -46,9 +48,10 @@ void check_norm_backward(const Tensor& grad_out, const Tensor& x, const OptTenso
                          const Tensor& up, const OptTensor& seed, double dropout_p, const OptTensor& grad_sum);
 void check_lora(const char* op, const Tensor& x, const Tensor& weight, const OptTensor& bias,
                 const Tensor& lora_a, const Tensor& lora_b, const Tensor& coeff);
-void check_merge_kron(const Tensor& weight, const OptTensor& bias, const Tensor& scale, const Tensor& down,
-                      const Tensor& up, std::string_view side);
-void check_merge_lora(const Tensor& weight, const Tensor& lora_a, const Tensor& lora_b, const Tensor& coeff);
+void check_merge_kron(const char* op, const Tensor& weight, const OptTensor& bias, const Tensor& scale,
+                      const Tensor& down, const Tensor& up, std::string_view side);
+void check_merge_lora(const char* op, const Tensor& weight, const Tensor& lora_a, const Tensor& lora_b,
+                      const Tensor& coeff);
 
 // grad_out must look like the forward's output.
 void check_grad(const char* op, const Tensor& grad_out, c10::SymIntArrayRef sizes, const Tensor& like,

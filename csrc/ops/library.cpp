@@ -52,4 +52,12 @@ TORCH_LIBRARY(alore_ext, m) {
       "merge_kron_(Tensor(a!) weight, Tensor(b!)? bias, Tensor scale, Tensor down, Tensor up, str side) -> "
       "()");
   m.def("merge_lora_(Tensor(a!) weight, Tensor lora_a, Tensor lora_b, Tensor coeff) -> ()");
+  // The same for many layers at once: entry i of every list belongs together, bias[j] to entry bias_of[j].
+  // (Not a Tensor?[]: torch's functionalization fails on a None in a list that is written.) At least one
+  // entry.
+  m.def(
+      "merge_kron_grouped_(Tensor(a!)[] weight, Tensor(b!)[] bias, int[] bias_of, Tensor[] scale, Tensor[] "
+      "down,"
+      " Tensor[] up, str[] side) -> ()");
+  m.def("merge_lora_grouped_(Tensor(a!)[] weight, Tensor[] lora_a, Tensor[] lora_b, Tensor[] coeff) -> ()");
 }

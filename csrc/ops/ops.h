@@ -279,7 +279,4 @@ void register_ops(torch::Library& m) {
   m.impl("masked_lora_linear_backward", masked_lora_linear_backward<Backend>);
 }
 
-// merge.cpp: written over the dispatcher, so one function serves CPU and CUDA.
-void register_merges(torch::Library& m);
-
 }  // namespace alore::ops

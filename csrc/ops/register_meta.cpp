@@ -1,5 +1,6 @@
 // Shapes and dtypes without data, for FakeTensor, torch.compile and torch.export. The checks are the real
 // kernels' own.
+#include "ops/merge.h"
 #include "ops/ops.h"
 
 namespace alore::ops {
@@ -102,6 +103,15 @@ Grads6 masked_lora_linear_backward_meta(const Tensor& grad_out, const Tensor& x,
           grad_like(mask[5], coeff)};
 }
 
+void merge_kron_meta(const Tensor& weight, const OptTensor& bias, const Tensor& scale, const Tensor& down,
+                     const Tensor& up, std::string_view side) {
+  check_merge_kron("merge_kron_", weight, bias, scale, down, up, side);
+}
+
+void merge_lora_meta(const Tensor& weight, const Tensor& lora_a, const Tensor& lora_b, const Tensor& coeff) {
+  check_merge_lora("merge_lora_", weight, lora_a, lora_b, coeff);
+}
+
 }  // namespace
 }  // namespace alore::ops
 
@@ -116,6 +126,8 @@ TORCH_LIBRARY_IMPL(alore_ext, Meta, m) {
   m.impl("layer_norm_alore_backward", layer_norm_alore_backward_meta);
   m.impl("masked_lora_linear", masked_lora_linear_meta);
   m.impl("masked_lora_linear_backward", masked_lora_linear_backward_meta);
-  m.impl("merge_kron_", check_merge_kron);
-  m.impl("merge_lora_", check_merge_lora);
+  m.impl("merge_kron_", merge_kron_meta);
+  m.impl("merge_lora_", merge_lora_meta);
+  m.impl("merge_kron_grouped_", check_merge_kron_grouped);
+  m.impl("merge_lora_grouped_", check_merge_lora_grouped);
 }
