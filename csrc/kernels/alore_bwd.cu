@@ -45,10 +45,41 @@ __device__ __forceinline__ uint4 dropped(const uint4& grad, const DropoutMask& m
   return pack8<Out>(e);
 }
 
-// Sums over a power-of-two group of neighbouring lanes.
-__device__ __forceinline__ float lanes_sum(float v, int lanes) {
-  for (int offset = lanes / 2; offset > 0; offset /= 2) v += __shfl_xor_sync(0xffffffffu, v, offset);
+// Sums over 16 or 32 neighbouring lanes.
+__device__ __forceinline__ float lanes_sum(float v, bool all) {
+#pragma unroll
+  for (int offset = 8; offset > 0; offset /= 2) v += __shfl_xor_sync(0xffffffffu, v, offset);
+  if (all) v += __shfl_xor_sync(0xffffffffu, v, 16);
   return v;
+}
+
+// Where this thread starts among rows of 16-byte pieces, and how far it moves when it steps by the block's threads.
+struct PieceLane {
+  int row, column, row_step, column_step;
+  __device__ explicit PieceLane(int pieces)
+      : row(threadIdx.x / pieces),
+        column(threadIdx.x % pieces),
+        row_step(blockDim.x / pieces),
+        column_step(blockDim.x % pieces) {}
+};
+
+// Rows that lie one after the other in global memory, into shared rows `stride` elements apart. Rows from live_rows on
+// become zeros.
+template <typename T>
+__device__ __forceinline__ void copy_rows(T* to, int stride, const T* from, int rows, int live_rows, int pieces,
+                                          const PieceLane& lane) {
+  constexpr int kPiece = 16 / sizeof(T);
+  int row = lane.row, column = lane.column;
+  const T* source = from + static_cast<int64_t>(threadIdx.x) * kPiece;
+#pragma unroll 1
+  while (row < rows) {
+    const bool live = row < live_rows;
+    copy_async_16(to + row * stride + column * kPiece, live ? source : from, live);
+    source += blockDim.x * kPiece;
+    column += lane.column_step;
+    row += lane.row_step;
+    if (column >= pieces) column -= pieces, ++row;
+  }
 }
 
 constexpr int max_threads(int max_blocks) { return max_blocks > 4 ? 256 : 384; }
@@ -94,27 +125,18 @@ __global__ void __launch_bounds__(max_threads(kBlocks), 1)
   const int64_t tiles = (p.num_tokens + rows - 1) / rows;
   const int code_elements = row_blocks * kTileRows * padded;  // of one key split
 
+  constexpr int kXPiece = 16 / sizeof(In);
+  const int x_pieces = dim / kXPiece, grad_pieces = dim / 8;
+  const PieceLane x_lane(x_pieces), grad_lane(grad_pieces);
   // Rows past the end arrive as zeros, gradient included: they add nothing anywhere.
   const auto load_stage = [&](int64_t tile, int stage) {
     if (tile < tiles) {
       unsigned char* to = at(layout.stages + stage * layout.stage_bytes);
       const int64_t first = tile * rows;
-      constexpr int kXPiece = 16 / sizeof(In);
-      auto* x_to = reinterpret_cast<In*>(to);
-      auto* grad_to = reinterpret_cast<Out*>(to + layout.grad);
-#pragma unroll 1
-      for (int row = warp; row < rows; row += warps) {
-        const bool live = first + row < p.num_tokens;
-        const int64_t from = live ? (first + row) * dim : 0;
-#pragma unroll 2
-        for (int column = lane * kXPiece; column < dim; column += 32 * kXPiece) {
-          copy_async_16(x_to + row * layout.x_stride + column, p.x + from + column, live);
-        }
-#pragma unroll 2
-        for (int column = lane * 8; column < dim; column += 32 * 8) {
-          copy_async_16(grad_to + row * layout.grad_stride + column, p.grad_out + from + column, live);
-        }
-      }
+      const int live_rows = static_cast<int>(min(p.num_tokens - first, static_cast<int64_t>(rows)));
+      copy_rows(reinterpret_cast<In*>(to), layout.x_stride, p.x + first * dim, rows, live_rows, x_pieces, x_lane);
+      copy_rows(reinterpret_cast<Out*>(to + layout.grad), layout.grad_stride, p.grad_out + first * dim, rows, live_rows,
+                grad_pieces, grad_lane);
       if (norm && threadIdx.x < rows) {
         const bool live = first + threadIdx.x < p.num_tokens;
         const int64_t from = live ? first + threadIdx.x : 0;
@@ -219,7 +241,7 @@ __global__ void __launch_bounds__(max_threads(kBlocks), 1)
 #pragma unroll 1
       for (int t = 0; t < code_tiles; ++t) {
         float z[2][4] = {}, dh[2][4] = {};
-#pragma unroll 1
+#pragma unroll(kFast ? 2 : 1)
         for (int group = begin; group < end; ++group) {
           const int local = group * kGroupColumns + c * 8, column = block * d.block_dim + local;
           const bool inside = kFast || local < d.block_dim;
@@ -320,9 +342,9 @@ __global__ void __launch_bounds__(max_threads(kBlocks), 1)
         }
       }
       if (norm) {
-        const int lanes = min(padded, 32), half = w / 32;
-        of_weight = lanes_sum(of_weight, lanes);
-        of_normalised = lanes_sum(of_normalised, lanes);
+        const int half = w / 32;
+        of_weight = lanes_sum(of_weight, padded > 16);
+        of_normalised = lanes_sum(of_normalised, padded > 16);
         if (w % 32 == 0) {
           if (half == 0) {
             const int first = row_tile * num_blocks * p.key_splits;

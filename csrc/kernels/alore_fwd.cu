@@ -81,43 +81,36 @@ __device__ __forceinline__ void forget_unpacked(Raw8<In> (&raw)[kGroups][2]) {
 // groups and every warp has its full count, so that columns follow each other without a gap and all are real.
 template <bool kEven>
 struct GroupWalk {
-  int block, local, per_block, column;
+  int block, local, per_block;
+  int start, steps = 0;  // column of the first group; groups since then, a constant where the loop is unrolled
   __device__ GroupWalk(int first, int groups_per_block, int c)
       : block(first / groups_per_block),
         local(first % groups_per_block),
         per_block(groups_per_block),
-        column(first * kGroupColumns + c * 8) {}
+        start(first * kGroupColumns + c * 8) {}
   // From the first group again. The compiler must not know that: it would keep every group's addresses in registers
   // from tile to tile, and spill the rows instead.
   __device__ void restart(const GroupWalk& first) {
     *this = first;
-    asm volatile("" : "+r"(block), "+r"(local), "+r"(column));
+    asm volatile("" : "+r"(block), "+r"(local), "+r"(start));
   }
   __device__ void next() {
     if (++local == per_block) local = 0, ++block;
-    column += kGroupColumns;
+    ++steps;
   }
   __device__ bool live(const AdapterDims& d) const { return kEven || block < d.num_blocks; }
-  // Of this lane's eight columns: their place in the block and in the row, and whether they exist.
+  // Of this lane's eight columns: their place in the block, and whether they exist.
   __device__ int in_block(int c) const { return local * kGroupColumns + c * 8; }
-  __device__ int in_row(const AdapterDims& d, int c) const { return kEven ? column : block * d.block_dim + in_block(c); }
   __device__ bool inside(const AdapterDims& d, int c) const {
     return kEven || (live(d) && in_block(c) < d.block_dim);
   }
+  // Those eight columns of a row. Even walks step by a constant, which the address takes as an immediate.
+  template <typename T>
+  __device__ T* in_row(T* row, const AdapterDims& d, int c) const {
+    if constexpr (kEven) return row + start + steps * kGroupColumns;
+    return row + (inside(d, c) ? block * d.block_dim + in_block(c) : 0);
+  }
 };
-
-// row += residual, rounded as a sum of its own would be, and kept.
-template <typename In>
-__device__ __forceinline__ void add_residual(Raw8<In>& row, const In* residual, In* sum) {
-  Raw8<In> other;
-  other.load(residual);
-  Eight s = row.floats();
-  const Eight o = other.floats();
-#pragma unroll
-  for (int j = 0; j < 8; ++j) s.v[j] += o.v[j];
-  row.set(s);
-  row.store(sum);
-}
 
 // Mean of rows g and g + 8 over this warp's columns and the sum of squares around it, in all lanes of the row.
 struct RowMoments {
@@ -168,25 +161,32 @@ __device__ __forceinline__ RowMoments row_moments(Raw8<In> (&raw)[kGroups][2], f
     m.mean1 = row_sum(sum1) * share;
     centred_squares(raw, m, first, d, c);
   } else {
+    // Each product takes eight columns of one row as they lie in registers: two of them as rows g and g + 8 of its A,
+    // so that no register moves and both halves of the result belong to the same row.
     const uint32_t ones = pack2<In>(1.0f, 1.0f);
-    float sum[4] = {}, gram0[4] = {}, gram1[4] = {};
+    float sum0[4] = {}, sum1[4] = {}, gram0[4] = {}, gram1[4] = {}, more0[4] = {}, more1[4] = {};
 #pragma unroll
     for (int i = 0; i < kGroups; ++i) {
       const uint4 &a = raw[i][0].q, &b = raw[i][1].q;
-      const uint32_t low[4] = {a.x, b.x, a.y, b.y}, high[4] = {a.z, b.z, a.w, b.w};
-      mma<In>(sum, low, ones, ones);
-      mma<In>(gram0, low, a.x, a.y);
-      mma<In>(gram1, low, b.x, b.y);
-      mma<In>(sum, high, ones, ones);
-      mma<In>(gram0, high, a.z, a.w);
-      mma<In>(gram1, high, b.z, b.w);
+      mma<In>(sum0, {a.x, a.y, a.z, a.w}, ones, ones);
+      mma<In>(sum1, {b.x, b.y, b.z, b.w}, ones, ones);
+      mma8<In>(gram0, a.x, a.y, a.x);
+      mma8<In>(more0, a.x, a.y, a.y);
+      mma8<In>(gram1, b.x, b.y, b.x);
+      mma8<In>(more1, b.x, b.y, b.y);
+      mma8<In>(gram0, a.z, a.w, a.z);
+      mma8<In>(more0, a.z, a.w, a.w);
+      mma8<In>(gram1, b.z, b.w, b.z);
+      mma8<In>(more1, b.z, b.w, b.w);
     }
-    m.mean0 = sum[0] * share;
-    m.mean1 = sum[2] * share;
-    // Row g's entry of the diagonal is with lane g / 2 of its four.
+    m.mean0 = (sum0[0] + sum0[2]) * share;
+    m.mean1 = (sum1[0] + sum1[2]) * share;
+    // Row g's entry of a diagonal is with lane g / 2 of its four.
     const int lane = threadIdx.x % 32, g = lane / 4, from = (lane & ~3) | g / 2;
-    const float diagonal0 = __shfl_sync(0xffffffffu, g % 2 ? gram0[1] : gram0[0], from);
-    const float diagonal1 = __shfl_sync(0xffffffffu, g % 2 ? gram1[3] : gram1[2], from);
+    const float diagonal0 =
+        __shfl_sync(0xffffffffu, g % 2 ? gram0[1] + more0[3] : gram0[0] + more0[2], from);
+    const float diagonal1 =
+        __shfl_sync(0xffffffffu, g % 2 ? gram1[1] + more1[3] : gram1[0] + more1[2], from);
     const float shift0 = columns * m.mean0 * m.mean0, shift1 = columns * m.mean1 * m.mean1;
     m.squares0 = fmaxf(diagonal0 - shift0, 0.0f);
     m.squares1 = fmaxf(diagonal1 - shift1, 0.0f);
@@ -197,11 +197,24 @@ __device__ __forceinline__ RowMoments row_moments(Raw8<In> (&raw)[kGroups][2], f
   return m;
 }
 
+// row += residual, rounded as a sum of its own would be, and kept.
+template <typename In>
+__device__ __forceinline__ void add_residual(Raw8<In>& row, const In* residual, In* sum) {
+  Raw8<In> other;
+  other.load(residual);
+  Eight s = row.floats();
+  const Eight o = other.floats();
+#pragma unroll
+  for (int j = 0; j < 8; ++j) s.v[j] += o.v[j];
+  row.set(s);
+  row.store(sum);
+}
+
 // Out where the branch is dropped in part, or stands alone.
 template <typename In, typename Out>
-__device__ __forceinline__ void store_branch(const ForwardParams<In, Out>& p, int64_t at, Eight y, uint4 base) {
+__device__ __forceinline__ void store_branch(const ForwardParams<In, Out>& p, Out* to, Eight y, uint4 base) {
   if (p.dropout.seed != nullptr) {
-    const Eight mask = p.dropout.at(at);
+    const Eight mask = p.dropout.at(to - p.out);
 #pragma unroll
     for (int j = 0; j < 8; ++j) y.v[j] = mask.v[j] > 0 ? y.v[j] * mask.v[j] : 0.0f;
   }
@@ -210,7 +223,7 @@ __device__ __forceinline__ void store_branch(const ForwardParams<In, Out>& p, in
 #pragma unroll
     for (int j = 0; j < 8; ++j) y.v[j] += x.v[j];
   }
-  *reinterpret_cast<uint4*>(p.out + at) = pack8<Out>(y);
+  *reinterpret_cast<uint4*>(to) = pack8<Out>(y);
 }
 
 // What a kernel is compiled for. The two fast paths fix at compile time what training a backbone asks for: blocks of
@@ -243,8 +256,7 @@ __global__ void __launch_bounds__(kGroups == 8 ? 192 : 256, std::is_same_v<In, f
   // The next tile's rows come in while this one is worked on. A thread copies just what it will itself read, so that
   // waiting for its own copies is enough.
   constexpr int kPieces = sizeof(In) / 2;  // of 16 bytes
-  unsigned char* stage = own + layout.stage + (v * 32 + lane) * 16;
-  const int piece_bytes = warps * 512;
+  unsigned char* stage = own + layout.stage + (v * 32 + lane) * stage_bytes_per_thread(kGroups, kPieces == 2);
   const int64_t step = int64_t{gridDim.x} * teams, last_row = p.num_tokens - 1;
   const int64_t tiles = (p.num_tokens + kTileRows - 1) / kTileRows;
   const auto prefetch = [&](int64_t tile) {
@@ -254,12 +266,11 @@ __global__ void __launch_bounds__(kGroups == 8 ? 192 : 256, std::is_same_v<In, f
       walk.restart(first);
 #pragma unroll
       for (int i = 0; i < kGroups; ++i, walk.next()) {
-        const int column = walk.inside(d, c) ? walk.in_row(d, c) : 0;
 #pragma unroll
         for (int k = 0; k < kPieces; ++k) {
-          copy_async_16(stage + (i * 2 * kPieces + k) * piece_bytes, from0 + column + k * (16 / sizeof(In)), true);
-          copy_async_16(stage + ((i * 2 + 1) * kPieces + k) * piece_bytes, from1 + column + k * (16 / sizeof(In)),
-                        true);
+          constexpr int kElements = 16 / sizeof(In);
+          copy_async_16(stage + (i * 2 * kPieces + k) * 16, walk.in_row(from0, d, c) + k * kElements, true);
+          copy_async_16(stage + ((i * 2 + 1) * kPieces + k) * 16, walk.in_row(from1, d, c) + k * kElements, true);
         }
       }
     }
@@ -310,7 +321,7 @@ __global__ void __launch_bounds__(kGroups == 8 ? 192 : 256, std::is_same_v<In, f
     for (int i = 0; i < kGroups; ++i, walk.next()) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        raw[i][r].read_pieces(stage + (i * 2 + r) * kPieces * piece_bytes, piece_bytes);
+        raw[i][r].read_pieces(stage + (i * 2 + r) * kPieces * 16);
         if (!walk.inside(d, c)) raw[i][r].zero();
       }
     }
@@ -318,9 +329,9 @@ __global__ void __launch_bounds__(kGroups == 8 ? 192 : 256, std::is_same_v<In, f
       walk.restart(first);
 #pragma unroll
       for (int i = 0; i < kGroups; ++i, walk.next()) {
-        const int column = walk.in_row(d, c);
-        if (walk.inside(d, c) && live0) add_residual(raw[i][0], p.residual + at0 + column, p.sum + at0 + column);
-        if (walk.inside(d, c) && live1) add_residual(raw[i][1], p.residual + at1 + column, p.sum + at1 + column);
+        if (!walk.inside(d, c)) continue;
+        if (live0) add_residual(raw[i][0], walk.in_row(p.residual + at0, d, c), walk.in_row(p.sum + at0, d, c));
+        if (live1) add_residual(raw[i][1], walk.in_row(p.residual + at1, d, c), walk.in_row(p.sum + at1, d, c));
       }
     }
 
@@ -342,8 +353,7 @@ __global__ void __launch_bounds__(kGroups == 8 ? 192 : 256, std::is_same_v<In, f
       walk.restart(first);
 #pragma unroll
       for (int i = 0; i < kGroups; ++i, walk.next()) {
-        const int column = walk.inside(d, c) ? walk.in_row(d, c) : 0;
-        const Eight w = shared8(weight + column), b = shared8(bias + column);
+        const Eight w = shared8(walk.in_row(weight, d, c)), b = shared8(walk.in_row(bias, d, c));
         base[i][0] = pack8<Out>(affine(normalised(raw[i][0].floats(), s0), w, b));
         base[i][1] = pack8<Out>(affine(normalised(raw[i][1].floats(), s1), w, b));
         if (!walk.inside(d, c)) base[i][0] = base[i][1] = {0, 0, 0, 0};
@@ -421,13 +431,14 @@ __global__ void __launch_bounds__(kGroups == 8 ? 192 : 256, std::is_same_v<In, f
         load_a(h, mixed + walk.block * kTileRows * code_stride + t * kCodeTile, code_stride, lane);
         accumulate_output<Out>(acc, h, up, chunks, t, walk.local * 4, g, c);
       }
-      const int column = walk.in_row(d, c);
+      if (!walk.inside(d, c)) continue;
+      Out *here0 = walk.in_row(to0, d, c), *here1 = walk.in_row(to1, d, c);
       if (!kFast && !plain) {
-        if (walk.inside(d, c) && live0) store_branch(p, at0 + column, output_row(acc, 0), base[i][0]);
-        if (walk.inside(d, c) && live1) store_branch(p, at1 + column, output_row(acc, 1), base[i][1]);
+        if (live0) store_branch(p, here0, output_row(acc, 0), base[i][0]);
+        if (live1) store_branch(p, here1, output_row(acc, 1), base[i][1]);
       } else {
-        if (walk.inside(d, c) && live0) *reinterpret_cast<uint4*>(to0 + column) = pack8<Out>(output_row(acc, 0));
-        if (walk.inside(d, c) && live1) *reinterpret_cast<uint4*>(to1 + column) = pack8<Out>(output_row(acc, 1));
+        if (live0) *reinterpret_cast<uint4*>(here0) = pack8<Out>(output_row(acc, 0));
+        if (live1) *reinterpret_cast<uint4*>(here1) = pack8<Out>(output_row(acc, 1));
       }
     }
   }

@@ -50,6 +50,12 @@ struct AdapterDims {
   int affine_bytes() const { return (embed_dim + kGroupColumns) * 4; }
 };
 
+// A forward thread's own stage: its pieces of 16 bytes, and one more, so that an odd stride keeps neighbours' accesses
+// in different banks.
+constexpr int stage_bytes_per_thread(int groups_per_warp, bool wide_input) {
+  return (groups_per_warp * 2 * (wide_input ? 2 : 1) + 1) * 16;
+}
+
 struct ForwardLayout {
   int down = 0, up = 0, mixing = 0, weight = 0, bias = 0;  // shared by the block's teams
   int teams = 0, team_bytes = 0;                           // one team of warps a tile
@@ -63,7 +69,7 @@ struct ForwardLayout {
     weight = mixing + d.mixing_bytes();
     bias = weight + (norm ? d.affine_bytes() : 0);
     teams = bias + (norm ? d.affine_bytes() : 0);
-    statistics = stage + warps_per_tile * 32 * groups_per_warp * 2 * 8 * (wide_input ? 4 : 2);
+    statistics = stage + warps_per_tile * 32 * stage_bytes_per_thread(groups_per_warp, wide_input);
     code = statistics + warps_per_tile * kTileRows * 8;
     mixed = code + (warps_per_tile + d.num_blocks - 1) * kTileRows * d.padded_width * 4;
     team_bytes = mixed + d.num_blocks * kTileRows * d.code_stride * 2;

@@ -32,20 +32,34 @@ __device__ __forceinline__ uint32_t pack2(float a, float b) {
   }
 }
 
-// d[16, 8] += a[16, 16] @ b[16, 8]
+// d[16, 8] += a[16, 16] @ b[16, 8]. Not volatile: the compiler may move other work between products.
 template <typename T>
 __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   } else {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+#endif
+}
+
+// d[16, 8] += a[16, 8] @ b[8, 8]
+template <typename T>
+__device__ __forceinline__ void mma8(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a0), "r"(a1), "r"(b));
+  } else {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a0), "r"(a1), "r"(b));
   }
 #endif
 }
@@ -75,7 +89,7 @@ __device__ __forceinline__ void load_a_transposed(uint32_t (&a)[4], const T* til
 // Transposes an 8 x 8 matrix of 16-bit values held by the warp, row lane / 4, columns 2 * (lane % 4) and the next.
 __device__ __forceinline__ uint32_t transpose8x8(uint32_t v) {
   uint32_t out;
-  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(v));
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(v));
   return out;
 }
 
@@ -157,8 +171,8 @@ template <typename T>
 struct Raw8 {
   uint4 q;
   __device__ __forceinline__ void load(const T* p) { q = load_streamed(p); }
-  // As copied to shared memory in pieces of 16 bytes, `stride` bytes apart.
-  __device__ __forceinline__ void read_pieces(const unsigned char* p, int) { q = load_shared_16(p); }
+  // As copied to shared memory in pieces of 16 bytes.
+  __device__ __forceinline__ void read_pieces(const unsigned char* p) { q = load_shared_16(p); }
   __device__ __forceinline__ void zero() { q = {0, 0, 0, 0}; }
   __device__ __forceinline__ Eight floats() const { return unpack8<T>(q); }
   __device__ __forceinline__ void set(const Eight& e) { q = pack8<T>(e); }
@@ -173,8 +187,8 @@ struct Raw8<float> {
     e = {{__uint_as_float(a.x), __uint_as_float(a.y), __uint_as_float(a.z), __uint_as_float(a.w),
           __uint_as_float(b.x), __uint_as_float(b.y), __uint_as_float(b.z), __uint_as_float(b.w)}};
   }
-  __device__ __forceinline__ void read_pieces(const unsigned char* p, int stride) {
-    const uint4 a = load_shared_16(p), b = load_shared_16(p + stride);
+  __device__ __forceinline__ void read_pieces(const unsigned char* p) {
+    const uint4 a = load_shared_16(p), b = load_shared_16(p + 16);
     e = {{__uint_as_float(a.x), __uint_as_float(a.y), __uint_as_float(a.z), __uint_as_float(a.w),
           __uint_as_float(b.x), __uint_as_float(b.y), __uint_as_float(b.z), __uint_as_float(b.w)}};
   }
