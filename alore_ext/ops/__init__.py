@@ -6,7 +6,7 @@ gradients have their own dtype. Shape and dtype errors are `RuntimeError`s that 
 """
 
 from .kron import alore, kron_linear, layer_norm_alore, plan_kron
-from .lora import masked_lora_linear
+from .lora import masked_lora_linear, mlae_linear, plan_lora
 from .merge import merge_kron_, merge_lora_
 
 __all__ = [
@@ -16,5 +16,7 @@ __all__ = [
     "masked_lora_linear",
     "merge_kron_",
     "merge_lora_",
+    "mlae_linear",
     "plan_kron",
+    "plan_lora",
 ]

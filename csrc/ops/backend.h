@@ -31,14 +31,4 @@ inline FactorGrads zero_grads(Factors f) {
   return {zeros_contiguous(f.scale), zeros_contiguous(f.down), zeros_contiguous(f.up)};
 }
 
-struct Lora {
-  const Tensor& a;      // [R, in_features]
-  const Tensor& b;      // [out_features, R]
-  const Tensor& coeff;  // [R]
-};
-
-struct LoraGrads {
-  Tensor a, b, coeff;
-};
-
 }  // namespace alore::ops

@@ -128,9 +128,6 @@ Tensor total_grad(const Tensor& grad_a, const Tensor& grad_b, at::ScalarType acc
   return grad_b.defined() ? a + grad_b.to(acc) : a;
 }
 
-// t * coeff with exact zeros in masked columns, even where t is not finite.
-Tensor scale_columns(const Tensor& t, const Tensor& coeff) { return (t * coeff).masked_fill_(coeff == 0, 0); }
-
 }  // namespace
 
 void CpuBackend::kron_forward(const Tensor& x, Factors f, double beta, const Tensor& out) {
@@ -233,33 +230,6 @@ void CpuBackend::dropout_add(const Tensor& base, const Tensor& branch, const Ten
     });
   });
   if (!sum.is_same(out)) out.copy_(sum);
-}
-
-void CpuBackend::lora_forward(const Tensor& x, Lora lora, const Tensor& out) {
-  const auto acc = accumulate_type(x.scalar_type());
-  const Tensor scaled = scale_columns(at::mm(x.to(acc), lora.a.to(acc).t()), lora.coeff.to(acc));
-  if (out.scalar_type() == acc) {
-    Tensor sum = out;
-    at::addmm_out(sum, out, scaled, lora.b.to(acc).t());
-  } else {
-    out.copy_(at::addmm(out.to(acc), scaled, lora.b.to(acc).t()));
-  }
-}
-
-LoraGrads CpuBackend::lora_backward(const Tensor& x, const Tensor& grad_out, Lora lora,
-                                    const Tensor& grad_x) {
-  const auto acc = accumulate_type(x.scalar_type()), factor = lora.a.scalar_type();
-  const Tensor wide_x = x.to(acc), wide_grad = grad_out.to(acc), coeff = lora.coeff.to(acc);
-  const Tensor code = at::mm(wide_x, lora.a.to(acc).t()), grad_code = at::mm(wide_grad, lora.b.to(acc));
-  const Tensor scaled_grad = scale_columns(grad_code, coeff);
-  LoraGrads grads;
-  if (grad_x.defined()) grad_x.copy_(at::addmm(grad_x.to(acc), scaled_grad, lora.a.to(acc)));
-  // Masked rows are cleared after the products too: 0 * inf in an activation would leave NaN there.
-  const Tensor masked = coeff == 0;
-  grads.a = at::mm(scaled_grad.t(), wide_x).masked_fill_(masked.unsqueeze(1), 0).to(factor);
-  grads.b = at::mm(wide_grad.t(), scale_columns(code, coeff)).masked_fill_(masked, 0).to(factor);
-  grads.coeff = (code * grad_code).sum(0).to(factor);
-  return grads;
 }
 
 }  // namespace alore::ops

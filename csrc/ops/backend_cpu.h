@@ -36,11 +36,6 @@ struct CpuBackend {
   // out = (base defined ? base : 0) + dropout(branch). p > 0.
   static void dropout_add(const Tensor& base, const Tensor& branch, const Tensor& seed, double p,
                           const Tensor& out);
-
-  // out += (x @ a^T * coeff) @ b^T
-  static void lora_forward(const Tensor& x, Lora lora, const Tensor& out);
-  // Adds the low-rank term's part to grad_x unless it is undefined.
-  static LoraGrads lora_backward(const Tensor& x, const Tensor& grad_out, Lora lora, const Tensor& grad_x);
 };
 
 }  // namespace alore::ops

@@ -18,6 +18,9 @@ kernels::DType kernel_dtype(at::ScalarType type);
 // float64 for float64, else float32.
 at::ScalarType accumulate_type(at::ScalarType type);
 
+// A float32 weight under 16-bit activations: the update is folded into it before it is rounded.
+bool is_folding(const Tensor& x, const Tensor& weight);
+
 // x flattened to [num_tokens, x.size(-1)], contiguous. Works for 0 tokens.
 Tensor flatten_tokens(const Tensor& x);
 
@@ -34,8 +37,11 @@ void check_layer_norm(const char* op, const Tensor& x, const OptTensor& weight, 
                       double eps, std::optional<at::ScalarType> out_dtype);
 // The norm's statistics as its forward returned them: x's leading axes, accumulate type.
 void check_statistics(const char* op, const Tensor& x, const Tensor& mean, const Tensor& rstd);
+// Whether coeff has an entry for every rank row, or for every expert (R / num_experts rows).
+enum class Coeff { kPerRow, kPerExpert };
+
 void check_lora(const char* op, const Tensor& x, const Tensor& weight, const OptTensor& bias,
-                const Tensor& lora_a, const Tensor& lora_b, const Tensor& coeff);
+                const Tensor& lora_a, const Tensor& lora_b, const Tensor& coeff, Coeff rule);
 void check_merge_kron(const Tensor& weight, const OptTensor& bias, const Tensor& scale, const Tensor& down,
                       const Tensor& up, std::string_view side);
 void check_merge_lora(const Tensor& weight, const Tensor& lora_a, const Tensor& lora_b, const Tensor& coeff);

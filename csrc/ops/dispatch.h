@@ -21,6 +21,7 @@ auto typed_op(const char* name) {
 
 using Mask4 = std::array<bool, 4>;
 using Mask6 = std::array<bool, 6>;
+using T3 = std::tuple<Tensor, Tensor, Tensor>;
 using T4 = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using T6 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
@@ -37,10 +38,13 @@ ALORE_OP(layer_norm_alore,
 ALORE_OP(layer_norm_alore_backward,
          T6(const Tensor&, const Tensor&, const OptTensor&, const OptTensor&, const Tensor&, const Tensor&,
             const Tensor&, const Tensor&, const Tensor&, const OptTensor&, double, Mask6))
-ALORE_OP(masked_lora_linear,
-         Tensor(const Tensor&, const Tensor&, const OptTensor&, const Tensor&, const Tensor&, const Tensor&))
+ALORE_OP(masked_lora_linear, T3(const Tensor&, const Tensor&, const OptTensor&, const Tensor&, const Tensor&,
+                                const Tensor&))
+ALORE_OP(mlae_linear, T4(const Tensor&, const Tensor&, const OptTensor&, const Tensor&, const Tensor&,
+                         const Tensor&, double, bool))
 ALORE_OP(masked_lora_linear_backward,
-         T6(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, Mask6))
+         T6(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+            const OptTensor&, const Tensor&, const Tensor&, Mask6))
 ALORE_OP(merge_kron_,
          void(const Tensor&, const OptTensor&, const Tensor&, const Tensor&, const Tensor&, std::string_view))
 ALORE_OP(merge_lora_, void(const Tensor&, const Tensor&, const Tensor&, const Tensor&))
