@@ -50,7 +50,8 @@ __global__ void coeff_final_kernel(int64_t experts, int64_t expert_rank, int64_t
   for (int64_t j = e * expert_rank; j < (e + 1) * expert_rank; ++j) {
     for (int64_t b = 0; b < blocks; ++b) sum += partial[b * width + j];
   }
-  grad_coeff[e] = convert<Factor>(mask == nullptr ? sum : sum * mask[e]);
+  if (mask != nullptr) sum = mask[e] == Acc(0) ? Acc(0) : sum * mask[e];
+  grad_coeff[e] = convert<Factor>(sum);
 }
 
 template <typename Acc, typename Factor>

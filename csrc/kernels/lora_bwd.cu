@@ -351,7 +351,10 @@ __global__ void __launch_bounds__(256)
   for (int row = e * args.scale.expert_rank; row < (e + 1) * args.scale.expert_rank; ++row) {
     for (int s = 0; s < kSlices; ++s) grad += flat[s * kWidth + row];
   }
-  if (args.scale.mask != nullptr) grad *= static_cast<const float*>(args.scale.mask)[e];
+  if (args.scale.mask != nullptr) {
+    const float m = static_cast<const float*>(args.scale.mask)[e];
+    grad = m == 0.0f ? 0.0f : grad * m;
+  }
   grad_coeff[e] = convert<Factor>(grad);
 }
 

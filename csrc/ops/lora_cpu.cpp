@@ -47,7 +47,8 @@ struct LoraCpu {
       code.zero_();
       kept.copy_(at::mm(call.x, call.lora_a.to(dtype).t()));
     }
-    const Tensor scaled = scale_columns(kept.to(acc), c).to(dtype), b = call.lora_b.to(dtype);
+    const Tensor scaled = scale_columns(kept.to(acc), c).to(dtype);
+    const Tensor b = call.lora_b.to(dtype).masked_fill(c == 0, 0);  // 0 * inf would reach y
     Tensor out = call.bias.has_value() ? at::addmm(*call.bias, scaled, b.t()) : at::mm(scaled, b.t());
     return out.addmm_(call.x, call.weight.t());
   }
@@ -70,7 +71,7 @@ struct LoraCpu {
     const Tensor masked = c == 0;
     Tensor per_row = (kept * grad_code).sum(0);
     if (call.expert_rank() > 1) per_row = per_row.view({-1, call.expert_rank()}).sum(1);
-    if (mask.given.has_value()) per_row = per_row * *mask.given;
+    if (mask.given.has_value()) per_row = scale_columns(per_row, *mask.given);
     return {at::mm(scaled_grad.t(), wide_x).masked_fill_(masked.unsqueeze(1), 0).to(factor),
             at::mm(wide_grad.t(), scale_columns(kept, c)).masked_fill_(masked, 0).to(factor), per_row.to(factor)};
   }
