@@ -72,8 +72,9 @@ def plan_lora(
 
     Returns:
         An object with ``forward`` and ``backward``, each "fold" (a float32 weight under 16-bit x: forward only),
-        "fused" or "fused-half" (CUDA, 16-bit, R <= 16, features in multiples of 8: streaming kernels, in backward
-        both halves in one or apart, as shared memory allows), or "gemm" (everything else); ``code_width`` and
+        "extended" (forward, where out_features > in_features: the rank term inside the base product), "fused" or
+        "fused-half" (in backward both halves in one kernel or apart, as shared memory allows), which take CUDA, 16-bit
+        x, R <= 16 and features in multiples of 8, or "gemm" (everything else); ``code_width`` and
         ``operand_elements``, what forward keeps a token and in all; ``blocks``, ``shared_bytes`` and
         ``workspace_bytes`` of the backward.
     """

@@ -65,15 +65,16 @@ alore::kernels::KronPlan plan_kron(int64_t num_tokens, int64_t num_experts, int6
   return backward ? alore::kernels::plan_kron_backward(shape) : alore::kernels::plan_kron_forward(shape);
 }
 
-alore::kernels::LoraPlan plan_lora(int64_t num_tokens, int64_t in_features, int64_t out_features, int64_t rank,
-                                   at::ScalarType dtype, at::ScalarType weight_dtype, int num_processors,
-                                   size_t shared_bytes) {
+alore::kernels::LoraPlan plan_lora(int64_t num_tokens, int64_t in_features, int64_t out_features,
+                                   int64_t rank, at::ScalarType dtype, at::ScalarType weight_dtype,
+                                   int num_processors, size_t shared_bytes) {
   const alore::kernels::LoraShape shape{.num_tokens = num_tokens,
                                         .in_features = in_features,
                                         .out_features = out_features,
                                         .rank = rank,
                                         .activation = alore::ops::kernel_dtype(dtype)};
-  return alore::kernels::plan_lora(shape, alore::ops::kernel_dtype(weight_dtype), {num_processors, shared_bytes});
+  return alore::kernels::plan_lora(shape, alore::ops::kernel_dtype(weight_dtype),
+                                   {num_processors, shared_bytes});
 }
 
 const char* path_name(alore::kernels::LoraPath path) { return alore::kernels::name_of(path); }

@@ -96,8 +96,8 @@ void lora_coeff_grad(const CudaContext& context, const LoraShape& s, const void*
   dispatch(s.activation, [&](auto tag) {
     using T = typename decltype(tag)::type;
     coeff_partial_kernel<T, acc_t<T>><<<static_cast<unsigned>(blocks), kThreads, 0, context.stream>>>(
-        s.num_tokens, width, rows_per_block, static_cast<const T*>(code), static_cast<const acc_t<T>*>(grad_code),
-        static_cast<acc_t<T>*>(partial));
+        s.num_tokens, width, rows_per_block, static_cast<const T*>(code),
+        static_cast<const acc_t<T>*>(grad_code), static_cast<acc_t<T>*>(partial));
   });
   check_launch("lora_coeff_partial");
   dispatch_acc(accumulate_type(s.activation), [&](auto acc_tag) {
@@ -113,8 +113,8 @@ void lora_coeff_grad(const CudaContext& context, const LoraShape& s, const void*
   check_launch("lora_coeff_grad");
 }
 
-void lora_unpack_gradients(const CudaContext& context, const LoraShape& s, const void* sum_a, const void* sum_b,
-                           const void* effective, void* grad_a, void* grad_b) {
+void lora_unpack_gradients(const CudaContext& context, const LoraShape& s, const void* sum_a,
+                           const void* sum_b, const void* effective, void* grad_a, void* grad_b) {
   const int64_t width = lora_code_width(s.activation, s.rank);
   const int64_t elements = s.rank * (s.in_features + s.out_features);
   dispatch_acc(accumulate_type(s.activation), [&](auto acc_tag) {

@@ -28,8 +28,9 @@ struct LoraShape {
 // ---- Plans: pure functions of shape, dtype and device limits --------------------------------------------
 
 enum class LoraPath {
-  kFold,       // round(W + B diag(c) A) in one kernel, then the base product alone, forward and for dx
-  kFused,      // y0 = b + t (Bc)^T in one streaming kernel, onto which the base product accumulates
+  kFold,      // round(W + B diag(c) A) in one kernel, then the base product alone, forward and for dx
+  kExtended,  // forward: the rank term inside the base product, [x | t] [W | Bc]^T; one kernel writes [x | t]
+  kFused,     // y0 = b + t (Bc)^T in one streaming kernel, onto which the base product accumulates
   kFusedHalf,  // backward: the same kernel twice, over grad_out and over x, where both do not fit at once
   kGemm,       // the side path by matrix products; every shape and dtype
 };
@@ -38,6 +39,8 @@ constexpr const char* name_of(LoraPath path) {
   switch (path) {
     case LoraPath::kFold:
       return "fold";
+    case LoraPath::kExtended:
+      return "extended";
     case LoraPath::kFused:
       return "fused";
     case LoraPath::kFusedHalf:
@@ -49,17 +52,17 @@ constexpr const char* name_of(LoraPath path) {
 
 // Limits of the device: streaming multiprocessors, and the shared memory that one block may ask for.
 struct LoraDevice {
-  int num_processors = 0;       // 0: no CUDA device, which leaves kFold and kGemm
-  size_t shared_bytes = 0;      // cudaDevAttrMaxSharedMemoryPerBlockOptin
+  int num_processors = 0;   // 0: no CUDA device, which leaves kFold and kGemm
+  size_t shared_bytes = 0;  // cudaDevAttrMaxSharedMemoryPerBlockOptin
 };
 
 struct LoraPlan {
   LoraPath forward = LoraPath::kGemm, backward = LoraPath::kGemm;
-  int64_t code_width = 0;       // columns of the code t = x A^T that forward keeps; 0 where it keeps none
-  int64_t operand_elements = 0; // of the packed factors that forward keeps, activation type
-  int64_t blocks = 0;           // backward, fused: thread blocks, each of which leaves a partial sum
-  size_t shared_bytes = 0;      // backward, fused: of the larger kernel
-  size_t workspace_bytes = 0;   // backward, fused: all partial sums
+  int64_t code_width = 0;        // columns of the code t = x A^T that forward keeps; 0 where it keeps none
+  int64_t operand_elements = 0;  // of the packed factors that forward keeps, activation type
+  int64_t blocks = 0;            // backward, fused: thread blocks, each of which leaves a partial sum
+  size_t shared_bytes = 0;       // backward, fused: of the larger kernel
+  size_t workspace_bytes = 0;    // backward, fused: all partial sums
 
   std::string to_string() const;
 };
@@ -78,10 +81,11 @@ constexpr int64_t lora_code_width(DType activation, int64_t rank) {
   return is_16bit(activation) ? round_up(rank, 8) : rank;
 }
 
-// Whether shape and dtype suit the fused kernels: 16-bit, R <= 16, features in multiples of 8 (16-byte loads).
-// Which memory forward keeps depends on this alone, not on the device, so that Meta tensors agree.
+// Whether shape and dtype suit the fused kernels: 16-bit, R <= 16, features in multiples of 8 (16-byte
+// loads). Which memory forward keeps depends on this alone, not on the device, so that Meta tensors agree.
 constexpr bool lora_packs(const LoraShape& s) {
-  return is_16bit(s.activation) && s.rank <= kMaxFusedRank && s.in_features % 8 == 0 && s.out_features % 8 == 0;
+  return is_16bit(s.activation) && s.rank <= kMaxFusedRank && s.in_features % 8 == 0 &&
+         s.out_features % 8 == 0;
 }
 
 // Elements of the packed factors: A and B, each in the two orders that the kernels read them in.
@@ -108,8 +112,8 @@ namespace alore::kernels {
 // torch's generator as a kernel sees it. Under CUDA graph capture seed and offset are read on the device, so
 // that every replay draws anew.
 struct PhiloxSource {
-  uint64_t seed = 0, offset = 0;       // offset: added to *offset_ptr where that is given
-  const int64_t* seed_ptr = nullptr;   // device pointers, or null
+  uint64_t seed = 0, offset = 0;      // offset: added to *offset_ptr where that is given
+  const int64_t* seed_ptr = nullptr;  // device pointers, or null
   const int64_t* offset_ptr = nullptr;
 };
 
@@ -141,19 +145,23 @@ void lora_fold(const CudaContext& context, const LoraShape& shape, Factors2 fact
 
 // ---- Fused: lora_packs(shape); x, grad_out, y and dx contiguous and 16-byte aligned ----------------------
 
-// Rounds a, and b * c, to the activation type in the orders that the fused kernels read. Overwrites packed and
-// mask_out.
+// Rounds a, and b * c, to the activation type in the orders that the fused kernels read. Overwrites packed,
+// mask_out and, where asked for, extended = [weight | b c].
 void lora_pack(const CudaContext& context, const LoraShape& shape, Factors2 factors,
                const Coefficients& coefficients,
-               void* packed);  // [lora_operand_elements], activation type, 16-byte aligned
+               void* packed,        // [lora_operand_elements], activation type, 16-byte aligned
+               const void* weight,  // [out_features, in_features], activation type, 16-byte aligned; or null
+               void* extended);     // [out_features, in_features + code_width], likewise; or null with weight
 
-// code = x a^T; y = bias + (code * c) b^T, rounded once. Overwrites code, and y unless it is null.
+// code = x a^T; y = bias + (code * c) b^T, rounded once; extended = [x | code], masked columns 0. Overwrites
+// code, and of y and extended those that are not null.
 void lora_fused_forward(const CudaContext& context, const LoraShape& shape, const Coefficients& coefficients,
                         const void* packed,
                         const void* x,     // [num_tokens, in_features]
                         const void* bias,  // [out_features] or null, 16-byte aligned
                         void* code,        // [num_tokens, code_width]
-                        void* y);          // [num_tokens, out_features] or null
+                        void* y,           // [num_tokens, out_features] or null
+                        void* extended);   // [num_tokens, in_features + code_width] or null
 
 struct LoraGradients {
   void* a = nullptr;      // [rank, in_features], factor type
@@ -170,26 +178,28 @@ void lora_fused_backward(const CudaContext& context, const LoraShape& shape, con
                          const void* grad_out,  // [num_tokens, out_features]
                          const void* code,      // [num_tokens, code_width]
                          void* dx,              // [num_tokens, in_features] or null
-                         LoraGradients gradients, void* workspace);  // [plan.workspace_bytes], 16-byte aligned
+                         LoraGradients gradients,
+                         void* workspace);  // [plan.workspace_bytes], 16-byte aligned
 
 // ---- General: the parts between matrix products ----------------------------------------------------------
 
 // Rounds a and b to the activation type, padded with zeros to code_width rank rows; writes c, padded too.
-// clear_a, clear_b: masked rank rows become 0 as well, so that a product passes on nothing of them that is not
-// finite. Overwrites all outputs.
+// clear_a, clear_b: masked rank rows become 0 as well, so that a product passes on nothing of them that is
+// not finite. Overwrites all outputs.
 void lora_pack_rows(const CudaContext& context, const LoraShape& shape, Factors2 factors,
                     const Coefficients& coefficients, bool clear_a, bool clear_b,
-                    void* a,          // [code_width, in_features], activation type
-                    void* b,          // [out_features, code_width], activation type
-                    void* effective); // [code_width], accumulate type
+                    void* a,           // [code_width, in_features], activation type
+                    void* b,           // [out_features, code_width], activation type
+                    void* effective);  // [code_width], accumulate type
 
 // scaled[t,j] = effective[j] * code[t,j], exactly 0 where effective[j] is 0. Overwrites scaled.
-void lora_scale(const CudaContext& context, const LoraShape& shape,
-                DType code_type, const void* code,  // [num_tokens, code_width]
-                const void* effective,              // [code_width], accumulate type
-                void* scaled);                      // [num_tokens, code_width], activation type
+void lora_scale(const CudaContext& context, const LoraShape& shape, DType code_type,
+                const void* code,       // [num_tokens, code_width]
+                const void* effective,  // [code_width], accumulate type
+                void* scaled);          // [num_tokens, code_width], activation type
 
-// grad_coeff[e] = mask[e] * sum_{t, j in e} code[t,j] * grad_code[t,j], in a fixed order. Overwrites grad_coeff.
+// grad_coeff[e] = mask[e] * sum_{t, j in e} code[t,j] * grad_code[t,j], in a fixed order. Overwrites
+// grad_coeff.
 void lora_coeff_grad(const CudaContext& context, const LoraShape& shape,
                      const void* code,       // [num_tokens, code_width], activation type: x A^T
                      const void* grad_code,  // [num_tokens, code_width], accumulate type: grad_out B

@@ -7,7 +7,8 @@ namespace {
 __device__ __forceinline__ void copy_async(uint4* shared, const void* global, bool valid) {
   const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   const int bytes = valid ? 16 : 0;  // the rest of the 16 is filled with zeros
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(bytes) : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(bytes)
+               : "memory");
 }
 
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -189,7 +190,8 @@ __global__ void __launch_bounds__(kBackwardWarps * 32, 1)
         reduce_chunk<T, kTiles>(sum, low, high, f);
         accumulate_chunk<T, kTiles>(acc_y + chunk * (kChunkUnits * 32), low, high, code, lane);
       }
-      // Two generations, so that one barrier a tile is enough: a warp writes over what was read two tiles ago.
+      // Two generations, so that one barrier a tile is enough: a warp writes over what was read two tiles
+      // ago.
       float4* const parts = meeting + generation * (kBackwardWarps * kTiles * 32);
       generation ^= 1;
 #pragma unroll
@@ -233,7 +235,8 @@ __global__ void __launch_bounds__(kBackwardWarps * 32, 1)
         if (column >= args.in_features) continue;
         T* at = args.dx + row * args.in_features + column;
         if (row < args.num_tokens) *reinterpret_cast<uint4*>(at) = rounded_row<T>(v, 0);
-        if (row + 8 < args.num_tokens) *reinterpret_cast<uint4*>(at + 8 * args.in_features) = rounded_row<T>(v, 1);
+        if (row + 8 < args.num_tokens)
+          *reinterpret_cast<uint4*>(at + 8 * args.in_features) = rounded_row<T>(v, 1);
       }
     }
   }
@@ -261,9 +264,9 @@ struct FinishArgs {
   unsigned* counter;
 };
 
-// One block a unit: its warps share the partial sums, warp 0 adds theirs up and writes the gradients. The last
-// block to come in sums the coefficients' parts; what it adds, and in which order, does not depend on which
-// block that is.
+// One block a unit: its warps share the partial sums, warp 0 adds theirs up and writes the gradients. The
+// last block to come in sums the coefficients' parts; what it adds, and in which order, does not depend on
+// which block that is.
 template <typename T, typename Factor, int kTiles>
 __global__ void __launch_bounds__(256)
     lora_finish_kernel(FinishArgs args, const Factor* __restrict__ b, Factor* __restrict__ grad_a,
@@ -360,10 +363,10 @@ __global__ void __launch_bounds__(256)
 
 }  // namespace
 
-void lora_fused_backward(const CudaContext& context, const LoraShape& s, const LoraPlan& plan, Factors2 factors,
-                         const Coefficients& coefficients, const void* packed, const void* x,
-                         const void* grad_out, const void* code, void* dx, LoraGradients gradients,
-                         void* workspace) {
+void lora_fused_backward(const CudaContext& context, const LoraShape& s, const LoraPlan& plan,
+                         Factors2 factors, const Coefficients& coefficients, const void* packed,
+                         const void* x, const void* grad_out, const void* code, void* dx,
+                         LoraGradients gradients, void* workspace) {
   if (plan.backward != LoraPath::kFused && plan.backward != LoraPath::kFusedHalf) {
     throw std::runtime_error("lora_fused_backward: the plan is another");
   }
@@ -409,9 +412,9 @@ void lora_fused_backward(const CudaContext& context, const LoraShape& s, const L
     dispatch(s.factor, [&](auto factor_tag) {
       using Factor = typename decltype(factor_tag)::type;
       if constexpr (std::is_same_v<Factor, float> || std::is_same_v<Factor, T>) {
-        const FinishArgs finish{s.in_features,    s.out_features, plan.blocks,
-                                layout.units_y,   layout.units_x, scale,
-                                args.partial_y,   args.partial_x, reinterpret_cast<float*>(base + layout.coeff),
+        const FinishArgs finish{s.in_features,  s.out_features, plan.blocks,
+                                layout.units_y, layout.units_x, scale,
+                                args.partial_y, args.partial_x, reinterpret_cast<float*>(base + layout.coeff),
                                 args.counter};
         lora_finish_kernel<T, Factor, kTiles>
             <<<static_cast<unsigned>(layout.units_y + layout.units_x), 256, 0, context.stream>>>(

@@ -11,14 +11,16 @@ constexpr int64_t lora_chunks(int64_t features) { return (features + kChunk - 1)
 
 // Sums of gradients are kept in units of one mma accumulator tile, 16 features by 8 rank rows: 32 lanes of a
 // float4. A chunk of 32 features holds 2 * rank_tiles of them, [chunk][half][rank tile].
-constexpr int64_t lora_units(int64_t features, int rank_tiles) { return lora_chunks(features) * 2 * rank_tiles; }
+constexpr int64_t lora_units(int64_t features, int rank_tiles) {
+  return lora_chunks(features) * 2 * rank_tiles;
+}
 inline constexpr size_t kUnitBytes = 32 * 16;
 
 // Chunks of 16 tokens by 32 features that each warp has in flight.
 constexpr int lora_depth(int rank_tiles) { return rank_tiles == 1 ? 4 : 3; }
 
-// Shared memory of the backward kernel: the sums, each warp's ring of loads, and two generations of the warps'
-// partial codes.
+// Shared memory of the backward kernel: the sums, each warp's ring of loads, and two generations of the
+// warps' partial codes.
 constexpr size_t lora_backward_shared(int64_t units, int rank_tiles) {
   return kUnitBytes * (static_cast<size_t>(units) + kBackwardWarps * lora_depth(rank_tiles) * 2 +
                        2 * kBackwardWarps * rank_tiles);

@@ -1,9 +1,9 @@
 // Fragments of the fused low-rank kernels.
 //
-// A warp takes 16 tokens by a chunk of 32 features. Lane (g, q) = (lane / 4, lane % 4) loads 16 bytes, features
-// 8q to 8q+7 of the chunk, of token g and of token g + 8. A sum over features may take them in any order, so
-// those very registers are operands of mma.m16n8k16 with its k axis permuted, with no trip through shared
-// memory: register i holds columns 2q and 2q+1 of an 8x8 matrix M_i whose column c is feature
+// A warp takes 16 tokens by a chunk of 32 features. Lane (g, q) = (lane / 4, lane % 4) loads 16 bytes,
+// features 8q to 8q+7 of the chunk, of token g and of token g + 8. A sum over features may take them in any
+// order, so those very registers are operands of mma.m16n8k16 with its k axis permuted, with no trip through
+// shared memory: register i holds columns 2q and 2q+1 of an 8x8 matrix M_i whose column c is feature
 // feature_of(c, i) of the chunk. movmatrix turns M_i where tokens are summed over instead.
 #pragma once
 
@@ -27,7 +27,8 @@ template <typename T>
 __device__ __forceinline__ void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
                                     uint32_t b0, uint32_t b1) {
   if constexpr (std::is_same_v<T, __half>) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+        "{%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
   } else {
@@ -122,7 +123,8 @@ struct PackedFactors {
 };
 
 template <int kTiles>
-__device__ __forceinline__ void load_factor(const uint4* packed, int64_t chunk, int lane, uint4 (&out)[kTiles]) {
+__device__ __forceinline__ void load_factor(const uint4* packed, int64_t chunk, int lane,
+                                            uint4 (&out)[kTiles]) {
 #pragma unroll
   for (int tile = 0; tile < kTiles; ++tile) out[tile] = __ldg(packed + (chunk * kTiles + tile) * 32 + lane);
 }
@@ -138,13 +140,15 @@ struct RankScale {
   __device__ __forceinline__ float at(int j) const {
     if (j >= rank) return 0.0f;
     const int e = j / expert_rank;
-    const float c = wide ? static_cast<const float*>(coeff)[e] : convert<float>(static_cast<const T*>(coeff)[e]);
+    const float c =
+        wide ? static_cast<const float*>(coeff)[e] : convert<float>(static_cast<const T*>(coeff)[e]);
     return mask == nullptr ? c : c * static_cast<const float*>(mask)[e];
   }
 };
 
 inline RankScale rank_scale(const LoraShape& s, const Coefficients& c) {
-  return {c.coeff, c.mask, s.factor == DType::kFloat32, static_cast<int>(s.rank), static_cast<int>(s.expert_rank)};
+  return {c.coeff, c.mask, s.factor == DType::kFloat32, static_cast<int>(s.rank),
+          static_cast<int>(s.expert_rank)};
 }
 
 // Calls f(Tag<T>, rank tiles) for a shape that lora_packs.

@@ -70,23 +70,43 @@ void dispatch_pair(const LoraShape& s, F&& f) {
 
 template <typename T>
 __device__ __forceinline__ uint4 rounded_eight(const float (&v)[8]) {
-  return {pack_pair<T>(v[0], v[1]), pack_pair<T>(v[2], v[3]), pack_pair<T>(v[4], v[5]), pack_pair<T>(v[6], v[7])};
+  return {pack_pair<T>(v[0], v[1]), pack_pair<T>(v[2], v[3]), pack_pair<T>(v[4], v[5]),
+          pack_pair<T>(v[6], v[7])};
 }
 
-// One thread a uint4 of the packed factors.
+// One thread a uint4 of the packed factors, then of [weight | b c] where that is wanted.
 template <typename T, typename Factor, int kTiles>
 __global__ void __launch_bounds__(kThreadsPerBlock)
     pack_kernel(int64_t in_features, int64_t out_features, const Factor* __restrict__ a,
-                const Factor* __restrict__ b, CoefficientArgs<Factor> coefficients, uint4* __restrict__ packed) {
+                const Factor* __restrict__ b, CoefficientArgs<Factor> coefficients,
+                uint4* __restrict__ packed, const uint4* __restrict__ weight, uint4* __restrict__ extended) {
   constexpr int kWidth = 8 * kTiles;
   __shared__ float c[kWidth];
   if (threadIdx.x < kWidth) c[threadIdx.x] = coefficients.of(threadIdx.x);
   if (blockIdx.x == 0) coefficients.write_mask();
   __syncthreads();
 
-  const int64_t size_a = lora_chunks(in_features) * kTiles * 32, size_b = lora_chunks(out_features) * kTiles * 32;
+  const int64_t size_a = lora_chunks(in_features) * kTiles * 32,
+                size_b = lora_chunks(out_features) * kTiles * 32;
   const int64_t index = blockIdx.x * int64_t{kThreadsPerBlock} + threadIdx.x;
-  if (index >= 2 * (size_a + size_b)) return;
+  const int64_t rank = coefficients.rank;
+  if (index >= 2 * (size_a + size_b)) {
+    const int64_t at = index - 2 * (size_a + size_b), per_row = in_features / 8, columns = per_row + kTiles;
+    if (extended == nullptr || at >= out_features * columns) return;
+    const int64_t row = at / columns, column = at % columns;
+    if (column < per_row) {
+      extended[at] = weight[row * per_row + column];
+      return;
+    }
+    float v[8];
+#pragma unroll
+    for (int k = 0; k < 8; ++k) {
+      const int64_t j = (column - per_row) * 8 + k;
+      v[k] = j < rank && c[j] != 0.0f ? c[j] * convert<float>(b[row * rank + j]) : 0.0f;
+    }
+    extended[at] = rounded_eight<T>(v);
+    return;
+  }
   const bool is_a = index < 2 * size_a;
   const int64_t in_factor = is_a ? index : index - 2 * size_a, size = is_a ? size_a : size_b;
   const bool expands = in_factor >= size;
@@ -94,7 +114,6 @@ __global__ void __launch_bounds__(kThreadsPerBlock)
   const auto [g, q] = Lane(static_cast<int>(within % 32));
   const int tile = static_cast<int>(within / 32 % kTiles);
   const int64_t first = within / (32 * kTiles) * kChunk, features = is_a ? in_features : out_features;
-  const int64_t rank = coefficients.rank;
 
   float v[8];
 #pragma unroll
@@ -118,9 +137,11 @@ template <typename T, typename Factor>
 __global__ void __launch_bounds__(kThreadsPerBlock)
     pack_rows_kernel(int64_t in_features, int64_t out_features, int64_t width, const Factor* __restrict__ a,
                      const Factor* __restrict__ b, CoefficientArgs<Factor> coefficients, bool clear_a,
-                     bool clear_b, T* __restrict__ out_a, T* __restrict__ out_b, acc_t<T>* __restrict__ effective) {
+                     bool clear_b, T* __restrict__ out_a, T* __restrict__ out_b,
+                     acc_t<T>* __restrict__ effective) {
   const int64_t rank = coefficients.rank, size_a = width * in_features, size_b = out_features * width;
-  const int64_t start = blockIdx.x * int64_t{blockDim.x} + threadIdx.x, step = int64_t{gridDim.x} * blockDim.x;
+  const int64_t start = blockIdx.x * int64_t{blockDim.x} + threadIdx.x,
+                step = int64_t{gridDim.x} * blockDim.x;
   if (blockIdx.x == 0) coefficients.write_mask();
   for (int64_t i = start; i < width; i += step) effective[i] = coefficients.of(i);
   for (int64_t i = start; i < size_a; i += step) {
@@ -141,11 +162,12 @@ constexpr int kFoldRows = 8, kFoldRank = 64;
 template <typename T, typename Factor>
 __global__ void __launch_bounds__(kThreadsPerBlock)
     fold_kernel(int64_t in_features, int64_t out_features, const float* __restrict__ weight,
-                const Factor* __restrict__ a, const Factor* __restrict__ b, CoefficientArgs<Factor> coefficients,
-                T* __restrict__ folded) {
+                const Factor* __restrict__ a, const Factor* __restrict__ b,
+                CoefficientArgs<Factor> coefficients, T* __restrict__ folded) {
   __shared__ float scaled[kFoldRank][kFoldRows];  // c b^T of the block's rows
   __shared__ bool live[kFoldRank];
-  const int64_t column = blockIdx.x * int64_t{kThreadsPerBlock} + threadIdx.x, first = blockIdx.y * int64_t{kFoldRows};
+  const int64_t column = blockIdx.x * int64_t{kThreadsPerBlock} + threadIdx.x,
+                first = blockIdx.y * int64_t{kFoldRows};
   const int64_t rank = coefficients.rank;
   if (blockIdx.x == 0 && blockIdx.y == 0) coefficients.write_mask();
   float sum[kFoldRows] = {};
@@ -179,10 +201,12 @@ __global__ void __launch_bounds__(kThreadsPerBlock)
 
 }  // namespace
 
-void lora_pack(const CudaContext& context, const LoraShape& s, Factors2 factors, const Coefficients& coefficients,
-               void* packed) {
-  const auto blocks =
-      static_cast<unsigned>((lora_operand_elements(s) / 8 + kThreadsPerBlock - 1) / kThreadsPerBlock);
+void lora_pack(const CudaContext& context, const LoraShape& s, Factors2 factors,
+               const Coefficients& coefficients, void* packed, const void* weight, void* extended) {
+  const int64_t width = lora_code_width(s.activation, s.rank);
+  const int64_t vectors =
+      (lora_operand_elements(s) + (extended == nullptr ? 0 : s.out_features * (s.in_features + width))) / 8;
+  const auto blocks = static_cast<unsigned>((vectors + kThreadsPerBlock - 1) / kThreadsPerBlock);
   dispatch_fused(s, [&](auto tag, auto rank_tiles) {
     using T = typename decltype(tag)::type;
     constexpr int kTiles = decltype(rank_tiles)::value;
@@ -191,7 +215,7 @@ void lora_pack(const CudaContext& context, const LoraShape& s, Factors2 factors,
       pack_kernel<T, Factor, kTiles><<<blocks, kThreadsPerBlock, 0, context.stream>>>(
           s.in_features, s.out_features, static_cast<const Factor*>(factors.a),
           static_cast<const Factor*>(factors.b), CoefficientArgs<Factor>(s, coefficients),
-          static_cast<uint4*>(packed));
+          static_cast<uint4*>(packed), static_cast<const uint4*>(weight), static_cast<uint4*>(extended));
     };
     s.factor == DType::kFloat32 ? launch(Tag<float>{}) : launch(tag);
   });
@@ -214,8 +238,8 @@ void lora_pack_rows(const CudaContext& context, const LoraShape& s, Factors2 fac
   check_launch("lora_pack_rows");
 }
 
-void lora_fold(const CudaContext& context, const LoraShape& s, Factors2 factors, const Coefficients& coefficients,
-               const void* weight, void* folded) {
+void lora_fold(const CudaContext& context, const LoraShape& s, Factors2 factors,
+               const Coefficients& coefficients, const void* weight, void* folded) {
   const int64_t row_blocks = (s.out_features + kFoldRows - 1) / kFoldRows;
   constexpr int64_t kMaxGridY = 65535;
   if (row_blocks > kMaxGridY) throw std::runtime_error("lora_fold: more than 524,280 output features");
@@ -226,8 +250,9 @@ void lora_fold(const CudaContext& context, const LoraShape& s, Factors2 factors,
     using Factor = typename decltype(factor_tag)::type;
     if constexpr (std::is_same_v<T, __nv_bfloat16> || std::is_same_v<T, __half>) {
       fold_kernel<T, Factor><<<grid, kThreadsPerBlock, 0, context.stream>>>(
-          s.in_features, s.out_features, static_cast<const float*>(weight), static_cast<const Factor*>(factors.a),
-          static_cast<const Factor*>(factors.b), CoefficientArgs<Factor>(s, coefficients), static_cast<T*>(folded));
+          s.in_features, s.out_features, static_cast<const float*>(weight),
+          static_cast<const Factor*>(factors.a), static_cast<const Factor*>(factors.b),
+          CoefficientArgs<Factor>(s, coefficients), static_cast<T*>(folded));
     } else {
       throw std::runtime_error("lora_fold: only for 16-bit activations");
     }

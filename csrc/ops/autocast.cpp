@@ -57,7 +57,8 @@ struct Lower {
                                       factor(down, in), factor(up, in), seed, dropout_p, out_dtype);
   }
 
-  // A float32 weight is passed on: the op folds the update into it and rounds once, in the place of this cast.
+  // A float32 weight is passed on: the op folds the update into it and rounds once, in the place of this
+  // cast.
   static Tensor base_weight(const Tensor& weight, const Tensor& x) {
     return is_folding(x, weight) ? weight : cast(weight);
   }

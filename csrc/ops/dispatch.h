@@ -38,8 +38,8 @@ ALORE_OP(layer_norm_alore,
 ALORE_OP(layer_norm_alore_backward,
          T6(const Tensor&, const Tensor&, const OptTensor&, const OptTensor&, const Tensor&, const Tensor&,
             const Tensor&, const Tensor&, const Tensor&, const OptTensor&, double, Mask6))
-ALORE_OP(masked_lora_linear, T3(const Tensor&, const Tensor&, const OptTensor&, const Tensor&, const Tensor&,
-                                const Tensor&))
+ALORE_OP(masked_lora_linear,
+         T3(const Tensor&, const Tensor&, const OptTensor&, const Tensor&, const Tensor&, const Tensor&))
 ALORE_OP(mlae_linear, T4(const Tensor&, const Tensor&, const OptTensor&, const Tensor&, const Tensor&,
                          const Tensor&, double, bool))
 ALORE_OP(masked_lora_linear_backward,

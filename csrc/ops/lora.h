@@ -2,9 +2,10 @@
 // lora_cuda.cpp).
 //
 // y = x W^T + b + ((x A^T) * c) B^T, c[j] = coeff[j / expert_rank] * mask[j / expert_rank]. The side path
-// writes b + the low-rank term first and lets the base product accumulate onto it: the product reads it in its
-// epilogue, where adding to a finished y would read and write all of it again. Where W is float32 under 16-bit
-// activations, the update is folded into W before it is rounded, which it must be in any case.
+// either takes the rank term into the base product, [x | t] [W | Bc]^T, or writes b + that term first and
+// lets the base product accumulate onto it: the product reads it in its epilogue, where adding to a finished
+// y would read and write all of it again. Where W is float32 under 16-bit activations, the update is folded
+// into W before it is rounded, which it must be in any case.
 #pragma once
 
 #include "kernels/lora.h"
@@ -71,8 +72,8 @@ struct LoraKept {
                                    .rank = lora_a.sym_size(0).guard_int(__FILE__, __LINE__),
                                    .activation = kernel_dtype(x.scalar_type())};
     code.back() = folds ? 0 : kernels::lora_code_width(shape.activation, shape.rank);
-    operand = folds ? weight.sym_sizes().vec()
-                    : std::vector<c10::SymInt>{kernels::lora_operand_elements(shape)};
+    operand =
+        folds ? weight.sym_sizes().vec() : std::vector<c10::SymInt>{kernels::lora_operand_elements(shape)};
   }
 };
 
@@ -87,12 +88,14 @@ inline void check_lora_backward(const Tensor& grad_out, const Tensor& x, const T
   const bool masked = mask.has_value() && mask->defined();
   check_lora(op, x, weight, std::nullopt, lora_a, lora_b, coeff, masked ? Coeff::kPerExpert : Coeff::kPerRow);
   check_grad(op, grad_out, lora_output_sizes(x, weight), x, x.scalar_type());
-  const auto must_be = [&](const char* name, const Tensor& t, c10::SymIntArrayRef sizes, at::ScalarType type) {
+  const auto must_be = [&](const char* name, const Tensor& t, c10::SymIntArrayRef sizes,
+                           at::ScalarType type) {
     TORCH_CHECK(t.device() == x.device(), op, ": ", name, " must be on x's device ", x.device(), ", got ",
                 t.device());
-    TORCH_CHECK(t.layout() == at::kStrided, op, ": ", name, " must be a dense tensor, got layout ", t.layout());
-    TORCH_CHECK(t.sym_sizes() == sizes && t.scalar_type() == type, op, ": ", name, " must be ", type, " ", sizes,
-                " as the forward returned it, got ", t.scalar_type(), " ", t.sym_sizes());
+    TORCH_CHECK(t.layout() == at::kStrided, op, ": ", name, " must be a dense tensor, got layout ",
+                t.layout());
+    TORCH_CHECK(t.sym_sizes() == sizes && t.scalar_type() == type, op, ": ", name, " must be ", type, " ",
+                sizes, " as the forward returned it, got ", t.scalar_type(), " ", t.sym_sizes());
   };
   if (masked) must_be("mask", *mask, coeff.sym_sizes(), accumulate_type(x.scalar_type()));
   const LoraKept kept(x, weight, lora_a);
@@ -136,7 +139,8 @@ T4 mlae_linear(const Tensor& x, const Tensor& weight, const OptTensor& bias, con
 template <typename Backend>
 T6 masked_lora_linear_backward(const Tensor& grad_out, const Tensor& x, const Tensor& weight,
                                const Tensor& lora_a, const Tensor& lora_b, const Tensor& coeff,
-                               const OptTensor& mask, const Tensor& code, const Tensor& operand, Mask6 wanted) {
+                               const OptTensor& mask, const Tensor& code, const Tensor& operand,
+                               Mask6 wanted) {
   check_lora_backward(grad_out, x, weight, lora_a, lora_b, coeff, mask, code, operand);
   const typename Backend::Guard guard(x);
   const LoraCall call(x, weight, std::nullopt, lora_a, lora_b, coeff);

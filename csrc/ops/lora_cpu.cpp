@@ -1,5 +1,5 @@
-// The low-rank linears on CPU: ATen's matrix products, in the activations' dtype forward and in the accumulate
-// type for the factors' gradients.
+// The low-rank linears on CPU: ATen's matrix products, in the activations' dtype forward and in the
+// accumulate type for the factors' gradients.
 #include "ops/backend_cpu.h"
 #include "ops/lora.h"
 
@@ -30,7 +30,8 @@ struct LoraCpu {
   using Guard = CpuBackend::Guard;
 
   // out = x W^T + bias + ((x A^T) * c) B^T.
-  static Tensor forward(const LoraCall& call, const LoraMask& mask, const Tensor& code, const Tensor& operand) {
+  static Tensor forward(const LoraCall& call, const LoraMask& mask, const Tensor& code,
+                        const Tensor& operand) {
     const auto dtype = call.x.scalar_type(), acc = accumulate_type(dtype);
     const Tensor c = effective(call, mask);
     if (call.folds) {
@@ -53,8 +54,8 @@ struct LoraCpu {
     return out.addmm_(call.x, call.weight.t());
   }
 
-  static LoraGrads backward(const LoraCall& call, const LoraMask& mask, const Tensor& grad, const Tensor& code,
-                            const Tensor& operand, Tensor& grad_x) {
+  static LoraGrads backward(const LoraCall& call, const LoraMask& mask, const Tensor& grad,
+                            const Tensor& code, const Tensor& operand, Tensor& grad_x) {
     const auto dtype = call.x.scalar_type(), acc = accumulate_type(dtype), factor = call.lora_a.scalar_type();
     const Tensor c = effective(call, mask), a = call.lora_a.to(acc), b = call.lora_b.to(acc);
     const Tensor wide_x = call.x.to(acc), wide_grad = grad.to(acc);
@@ -73,7 +74,8 @@ struct LoraCpu {
     if (call.expert_rank() > 1) per_row = per_row.view({-1, call.expert_rank()}).sum(1);
     if (mask.given.has_value()) per_row = scale_columns(per_row, *mask.given);
     return {at::mm(scaled_grad.t(), wide_x).masked_fill_(masked.unsqueeze(1), 0).to(factor),
-            at::mm(wide_grad.t(), scale_columns(kept, c)).masked_fill_(masked, 0).to(factor), per_row.to(factor)};
+            at::mm(wide_grad.t(), scale_columns(kept, c)).masked_fill_(masked, 0).to(factor),
+            per_row.to(factor)};
   }
 };
 

@@ -85,8 +85,8 @@ void add_base_product(const CudaContext& context, const Tensor& rows, const Tens
                       const Tensor& out) {
   const Tensor w = weight.contiguous();
   kernels::gemm(context, Op::kNone, transposed ? Op::kTranspose : Op::kNone, rows.size(0), out.size(1),
-                rows.size(1), kernel_dtype(rows.scalar_type()), read(rows), rows.size(1), read(w), w.size(1), 1.0f,
-                kernel_dtype(rows.scalar_type()), write(out), out.size(1));
+                rows.size(1), kernel_dtype(rows.scalar_type()), read(rows), rows.size(1), read(w), w.size(1),
+                1.0f, kernel_dtype(rows.scalar_type()), write(out), out.size(1));
 }
 
 // The general side path's operands: padded factors and c, by one kernel.
@@ -98,8 +98,8 @@ struct PackedRows {
     a = at::empty({width, o.shape.in_features}, call.x.options());
     b = at::empty({o.shape.out_features, width}, call.x.options());
     effective = at::empty({width}, call.x.options().dtype(accumulate_type(call.x.scalar_type())));
-    kernels::lora_pack_rows(o.context, o.shape, o.factors(), o.coefficients, clear_a, clear_b, write(a), write(b),
-                            write(effective));
+    kernels::lora_pack_rows(o.context, o.shape, o.factors(), o.coefficients, clear_a, clear_b, write(a),
+                            write(b), write(effective));
   }
 
   // code = x a^T
@@ -122,13 +122,27 @@ Tensor forward_folded(const LoraCall& call, const Operands& o, const Tensor& ope
   return at::linear(call.x, operand, call.bias);
 }
 
+// The rank term inside the base product: [x | t] [W | Bc]^T + bias, which writes y once and rounds it once.
+Tensor forward_extended(const LoraCall& call, const LoraMask& mask, const Operands& o, const Tensor& code,
+                        const Tensor& operand) {
+  const int64_t width = o.shape.in_features + o.plan.code_width;
+  const Tensor x = aligned(call.x), weight = aligned(call.weight);
+  const Tensor extended_weight = at::empty({o.shape.out_features, width}, weight.options());
+  const Tensor extended_x = at::empty({o.shape.num_tokens, width}, x.options());
+  kernels::lora_pack(o.context, o.shape, o.factors(), o.coefficients, write(operand), read(weight),
+                     write(extended_weight));
+  kernels::lora_fused_forward(o.context, o.shape, o.drawn(mask), read(operand), read(x), nullptr, write(code),
+                              nullptr, write(extended_x));
+  return at::linear(extended_x, extended_weight, call.bias);
+}
+
 Tensor forward_fused(const LoraCall& call, const LoraMask& mask, const Operands& o, const Tensor& code,
                      const Tensor& operand) {
-  kernels::lora_pack(o.context, o.shape, o.factors(), o.coefficients, write(operand));
+  kernels::lora_pack(o.context, o.shape, o.factors(), o.coefficients, write(operand), nullptr, nullptr);
   const Tensor x = aligned(call.x), bias = call.bias.has_value() ? aligned(*call.bias) : Tensor();
   Tensor out = at::empty({o.shape.num_tokens, o.shape.out_features}, x.options());
-  kernels::lora_fused_forward(o.context, o.shape, o.drawn(mask), read(operand), read(x), read(bias), write(code),
-                              write(out));
+  kernels::lora_fused_forward(o.context, o.shape, o.drawn(mask), read(operand), read(x), read(bias),
+                              write(code), write(out), nullptr);
   add_base_product(o.context, x, call.weight, true, out);
   return out;
 }
@@ -155,9 +169,9 @@ LoraGrads backward_fused(const LoraCall& call, const Operands& o, const Tensor& 
   if (call.folds) {
     packed = at::empty({kernels::lora_operand_elements(o.shape)}, x.options());
     kept = at::empty({x.size(0), kernels::lora_code_width(o.shape.activation, o.shape.rank)}, x.options());
-    kernels::lora_pack(o.context, o.shape, o.factors(), o.coefficients, write(packed));
-    kernels::lora_fused_forward(o.context, o.shape, o.coefficients, read(packed), read(x), nullptr, write(kept),
-                                nullptr);
+    kernels::lora_pack(o.context, o.shape, o.factors(), o.coefficients, write(packed), nullptr, nullptr);
+    kernels::lora_fused_forward(o.context, o.shape, o.coefficients, read(packed), read(x), nullptr,
+                                write(kept), nullptr, nullptr);
   } else {
     kept = aligned(code);
     packed = aligned(operand);
@@ -190,8 +204,8 @@ LoraGrads backward_gemm(const LoraCall& call, const LoraMask& mask, const Operan
     packed.encode(o, call.x, kept);
   }
   const Tensor grad_code = at::empty({s.num_tokens, width}, sums);
-  kernels::gemm(o.context, Op::kNone, Op::kNone, s.num_tokens, width, s.out_features, s.activation, read(grad),
-                s.out_features, read(packed.b), width, 0.0f, acc, write(grad_code), width);
+  kernels::gemm(o.context, Op::kNone, Op::kNone, s.num_tokens, width, s.out_features, s.activation,
+                read(grad), s.out_features, read(packed.b), width, 0.0f, acc, write(grad_code), width);
   const Tensor scaled = packed.scaled(o, kept), scaled_grad = packed.scaled(o, grad_code);
   if (grad_x.defined() && call.folds) {
     at::mm_out(grad_x, grad, operand);
@@ -200,34 +214,39 @@ LoraGrads backward_gemm(const LoraCall& call, const LoraMask& mask, const Operan
     add_base_product(o.context, grad, call.weight, false, grad_x);
   }
   // Gradients of A and B leave the products in the accumulate type, whatever the activations are.
-  const Tensor sum_a = at::empty({width, s.in_features}, sums), sum_b = at::empty({s.out_features, width}, sums);
+  const Tensor sum_a = at::empty({width, s.in_features}, sums),
+               sum_b = at::empty({s.out_features, width}, sums);
   kernels::gemm(o.context, Op::kTranspose, Op::kNone, width, s.in_features, s.num_tokens, s.activation,
-                read(scaled_grad), width, read(call.x), s.in_features, 0.0f, acc, write(sum_a), s.in_features);
-  kernels::gemm(o.context, Op::kTranspose, Op::kNone, s.out_features, width, s.num_tokens, s.activation, read(grad),
-                s.out_features, read(scaled), width, 0.0f, acc, write(sum_b), width);
+                read(scaled_grad), width, read(call.x), s.in_features, 0.0f, acc, write(sum_a),
+                s.in_features);
+  kernels::gemm(o.context, Op::kTranspose, Op::kNone, s.out_features, width, s.num_tokens, s.activation,
+                read(grad), s.out_features, read(scaled), width, 0.0f, acc, write(sum_b), width);
   LoraGrads grads{at::empty(o.a.sizes(), o.a.options()), at::empty(o.b.sizes(), o.b.options()),
                   at::empty(o.coeff.sizes(), o.coeff.options())};
   const int64_t blocks = kernels::plan_reduce_blocks(s.num_tokens, width);
   const Tensor partial = at::empty({blocks, width}, sums);
-  kernels::lora_coeff_grad(o.context, s, read(kept), read(grad_code), mask.given ? read(*mask.given) : nullptr,
-                           blocks, write(partial), write(grads.coeff));
-  kernels::lora_unpack_gradients(o.context, s, read(sum_a), read(sum_b), read(packed.effective), write(grads.a),
-                                 write(grads.b));
+  kernels::lora_coeff_grad(o.context, s, read(kept), read(grad_code),
+                           mask.given ? read(*mask.given) : nullptr, blocks, write(partial),
+                           write(grads.coeff));
+  kernels::lora_unpack_gradients(o.context, s, read(sum_a), read(sum_b), read(packed.effective),
+                                 write(grads.a), write(grads.b));
   return grads;
 }
 
 struct LoraCuda {
   using Guard = CudaBackend::Guard;
 
-  static Tensor forward(const LoraCall& call, const LoraMask& mask, const Tensor& code, const Tensor& operand) {
+  static Tensor forward(const LoraCall& call, const LoraMask& mask, const Tensor& code,
+                        const Tensor& operand) {
     const Operands o(call, mask);
     if (o.plan.forward == LoraPath::kFold) return forward_folded(call, o, operand);
+    if (o.plan.forward == LoraPath::kExtended) return forward_extended(call, mask, o, code, operand);
     if (o.plan.forward == LoraPath::kFused) return forward_fused(call, mask, o, code, operand);
     return forward_gemm(call, o, code, operand);
   }
 
-  static LoraGrads backward(const LoraCall& call, const LoraMask& mask, const Tensor& grad, const Tensor& code,
-                            const Tensor& operand, Tensor& grad_x) {
+  static LoraGrads backward(const LoraCall& call, const LoraMask& mask, const Tensor& grad,
+                            const Tensor& code, const Tensor& operand, Tensor& grad_x) {
     const Operands o(call, mask);
     if (o.plan.backward == LoraPath::kGemm) return backward_gemm(call, mask, o, grad, code, operand, grad_x);
     return backward_fused(call, o, grad, code, operand, grad_x);

@@ -4,7 +4,9 @@
 namespace alore::ops {
 namespace {
 
-Tensor empty(c10::SymIntArrayRef sizes, const Tensor& like) { return at::empty_symint(sizes, like.options()); }
+Tensor empty(c10::SymIntArrayRef sizes, const Tensor& like) {
+  return at::empty_symint(sizes, like.options());
+}
 
 Tensor empty_like_if(bool yes, const Tensor& t) { return yes ? empty(t.sym_sizes(), t) : Tensor(); }
 

@@ -332,15 +332,16 @@ class TestPlan:
     @pytest.mark.parametrize(
         ("in_features", "out_features", "rank", "paths"),
         [
-            (768, 2304, 8, ("fused", "fused")),  # ViT-B qkv
-            (768, 3072, 8, ("fused", "fused")),
+            (768, 2304, 8, ("extended", "fused")),  # ViT-B qkv
+            (768, 776, 8, ("extended", "fused")),
+            (768, 768, 8, ("fused", "fused")),
             (3072, 768, 8, ("fused", "fused")),
-            (1024, 3072, 8, ("fused", "fused")),  # ViT-L
-            (1024, 4096, 8, ("fused", "fused-half")),
+            (1024, 3072, 8, ("extended", "fused")),  # ViT-L
+            (1024, 4096, 8, ("extended", "fused-half")),
             (768, 768, 9, ("fused", "fused")),
-            (768, 2304, 9, ("fused", "fused-half")),
-            (768, 2304, 16, ("fused", "fused-half")),
-            (768, 3072, 16, ("fused", "gemm")),
+            (768, 2304, 9, ("extended", "fused-half")),
+            (768, 2304, 16, ("extended", "fused-half")),
+            (768, 3072, 16, ("extended", "gemm")),
             (768, 2304, 17, ("gemm", "gemm")),
             (768, 2300, 8, ("gemm", "gemm")),
             (764, 2304, 8, ("gemm", "gemm")),
@@ -356,7 +357,7 @@ class TestPlan:
         assert self.plan(768, 2304, 8, torch.float32, **self.H200).forward == "gemm"
         assert self.plan(768, 2304, 8, torch.float16, **self.H200).backward == "fused"
         ada = self.plan(768, 2304, 8, **self.ADA)
-        assert (ada.forward, ada.backward) == ("fused", "gemm")
+        assert (ada.forward, ada.backward) == ("extended", "gemm")
 
     def test_fold(self):
         plan = self.plan(768, 2304, 8, weight=torch.float32, **self.H200)
