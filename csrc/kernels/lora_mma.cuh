@@ -151,6 +151,10 @@ inline RankScale rank_scale(const LoraShape& s, const Coefficients& c) {
           static_cast<int>(s.expert_rank)};
 }
 
+// The last kernel of lora_fused_backward, whose arguments these are.
+void lora_finish(const CudaContext& context, const LoraShape& shape, const LoraPlan& plan, Factors2 factors,
+                 const RankScale& scale, LoraGradients gradients, void* workspace);
+
 // Calls f(Tag<T>, rank tiles) for a shape that lora_packs.
 template <typename F>
 void dispatch_fused(const LoraShape& s, F&& f) {

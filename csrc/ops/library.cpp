@@ -34,8 +34,8 @@ TORCH_LIBRARY(alore_ext, m) {
       " Tensor scale, Tensor down, Tensor up, Tensor? seed, float dropout_p, bool[6] output_mask)"
       " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 
-  // Returns y and what backward reads again: the code x A^T (empty where W folds), and the packed factors or the
-  // folded weight.
+  // Returns y and what backward reads again: the code x A^T (empty where W folds), and the packed factors or
+  // the folded weight.
   m.def(
       "masked_lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, Tensor coeff)"
       " -> (Tensor, Tensor, Tensor)");

@@ -221,6 +221,58 @@ class TestMask:
         assert len(seen) > 10
 
 
+# Features, ranks, weight's dtype and the plan on a GPU with 227 KiB of shared memory a block.
+CUDA_PATHS = [
+    pytest.param((64, 96, 8, 1), None, ("extended", "fused"), marks=needs_cuda),
+    pytest.param((96, 64, 8, 1), None, ("fused", "fused"), marks=needs_cuda),
+    pytest.param((768, 2304, 14, 1), None, ("extended", "fused-half"), marks=needs_cuda),
+    pytest.param((64, 96, 8, 4), None, ("gemm", "gemm"), marks=needs_cuda),
+    pytest.param((64, 96, 8, 1), torch.float32, ("fold", "fused"), marks=needs_cuda),
+    pytest.param((64, 92, 8, 1), torch.float32, ("fold", "gemm"), marks=needs_cuda),
+]
+
+
+@pytest.mark.parametrize(("dims", "weight_dtype", "paths"), CUDA_PATHS)
+def test_every_path_is_deterministic_and_only_enqueues(dims, weight_dtype, paths):
+    args = make(dims, (5, 197), torch.bfloat16, torch.float32, "cuda")
+    args["weight"] = args["weight"].to(weight_dtype or torch.bfloat16)
+    plan = ops.plan_lora(args["x"], args["weight"], args["lora_a"])
+    if plan.shared_bytes <= 101376 or torch.cuda.get_device_capability() == (9, 0):
+        assert (plan.forward, plan.backward) == paths, plan
+    assert_matches_oracle(args | {"weight": args["weight"].to(torch.bfloat16)}, (5, 197))
+    grad_out = grad_like(args, (5, 197))
+    results = []
+    for _ in range(3):
+        torch.manual_seed(1)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            y, grads, _ = masked_call(args, 0.5, grad_out)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        results.append([y, *grads.values()])
+    for again in results[1:]:
+        assert all(map(torch.equal, results[0], again))
+
+
+@pytest.mark.parametrize("offset", [pytest.param(k, marks=needs_cuda) for k in (1, 3)])
+def test_views_that_start_off_a_16_byte_boundary(offset):
+    """What the fused kernels load 16 bytes at a time is copied first where it does not start on such a boundary."""
+    args = make((64, 96, 8, 1), (19,), torch.bfloat16, torch.float32, "cuda")
+    shifted = {
+        name: torch.cat([value.new_zeros(offset), value.flatten()])[offset:].view(value.shape)
+        for name, value in args.items()
+    }
+    grad_out = grad_like(args, (19,))
+    results = []
+    for call in (args, shifted):
+        torch.manual_seed(2)
+        y, grads, _ = masked_call(call, 0.5, grad_out)
+        results.append([y, *grads.values()])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)  # cuBLAS may choose another algorithm for the views
+
+
 class TestCompile:
     @pytest.fixture(autouse=True)
     def _fresh_dynamo(self):
