@@ -237,7 +237,7 @@ def test_every_path_is_deterministic_and_only_enqueues(dims, weight_dtype, paths
     args = make(dims, (5, 197), torch.bfloat16, torch.float32, "cuda")
     args["weight"] = args["weight"].to(weight_dtype or torch.bfloat16)
     plan = ops.plan_lora(args["x"], args["weight"], args["lora_a"])
-    if plan.shared_bytes <= 101376 or torch.cuda.get_device_capability() == (9, 0):
+    if torch.cuda.get_device_capability() == (9, 0):
         assert (plan.forward, plan.backward) == paths, plan
     assert_matches_oracle(args | {"weight": args["weight"].to(torch.bfloat16)}, (5, 197))
     grad_out = grad_like(args, (5, 197))
