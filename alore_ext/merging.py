@@ -8,11 +8,16 @@ restores every bit.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+
 import torch
 from torch import nn
+from torch.nn.utils import get_total_norm
 
 from .patching.apply import restore_requires_grad
 from .patching.attaching import OnError, attach_all, check_attached, detach_all, undo_on_error
+from .patching.grouping import Merge, run_merges_
 from .patching.merged import allow_training, refuse_training, restore_base_, restore_training
 from .patching.records import SHARED_SCALE
 from .patching.state import MergedState, PatchState, clear_state, require_state
@@ -45,8 +50,7 @@ def merge_(model: nn.Module, keep_base: str | None = "device") -> nn.Module:
         raise ValueError(f"merge_: {type(model).__name__} is already merged")
     check_attached(model, state, "merge_")
     parameters = dict(model.named_parameters())
-    for name in state.adapter_names():
-        _check_finite(name, parameters[name])
+    _check_finite({name: parameters[name] for name in state.adapter_names()})
 
     training = {name: module.training for name, module in model.named_modules()}
     with undo_on_error() as on_error:
@@ -68,22 +72,24 @@ def _merge_weights_(
     keep_base: str | None,
     on_error: OnError,
 ) -> dict[str, torch.Tensor]:
-    """Merge layer by layer; returns copies of the weights as they were."""
-    copies: dict[str, torch.Tensor] = {}
+    """Merge all layers in few calls; returns copies of the weights as they were."""
+    tensors: dict[str, torch.Tensor] = {}
+    merges: list[Merge] = []
     for record in state.records:
         own = {name: parameters[f"{record.module}.{name}"] for name in record.parameter_shapes()}
         if record.shares_scale:
             own[SHARED_SCALE] = parameters[SHARED_SCALE]
-        tensors = record.merged_tensors(model)
-        for name, tensor in tensors.items():
-            # Kept even with keep_base=None until the last layer is merged: until then the merge may still be
-            # refused.
-            copy = tensor.detach().to("cpu", copy=True) if keep_base == "cpu" else tensor.detach().clone()
-            copies[name] = copy
-            on_error(lambda tensor=tensor, copy=copy: _copy_(tensor, copy))
-        record.merge_(model, own)
-        for name, tensor in tensors.items():
-            _check_finite(name, tensor)
+        tensors.update(record.merged_tensors(model))
+        merges += record.merges(model, own)
+    copies: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        # Made even with keep_base=None: until the merged weights are known to be finite, the merge may still be
+        # refused.
+        copy = tensor.detach().to("cpu", copy=True) if keep_base == "cpu" else tensor.detach().clone()
+        copies[name] = copy
+        on_error(lambda tensor=tensor, copy=copy: _copy_(tensor, copy))
+    run_merges_(merges)
+    _check_finite(tensors)
     return copies
 
 
@@ -92,11 +98,21 @@ def _copy_(tensor: torch.Tensor, copy: torch.Tensor) -> None:
     tensor.copy_(copy)
 
 
-def _check_finite(name: str, tensor: torch.Tensor) -> None:
-    if tensor.is_meta:
-        raise ValueError(f"merge_: {name} is on the meta device, which holds no values to merge")
-    if not torch.isfinite(tensor).all():
-        raise ValueError(f"merge_: {name} holds NaN or infinity; expected finite values")
+@torch.no_grad()
+def _check_finite(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raises ValueError naming the first tensor that holds NaN or infinity, after one look at all of them together.
+
+    The largest magnitude of all tensors is finite exactly where every element is; it waits for the device once.
+    """
+    for name, tensor in tensors.items():
+        if tensor.is_meta:
+            raise ValueError(f"merge_: {name} is on the meta device, which holds no values to merge")
+    largest = get_total_norm([tensor for tensor in tensors.values() if tensor.numel() > 0], math.inf)
+    if math.isfinite(largest.item()):
+        return
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"merge_: {name} holds NaN or infinity; expected finite values")
 
 
 def unmerge_(model: nn.Module) -> nn.Module:

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one call: build, tests, compute-sanitizer, the C++ harness, whole training steps.
-#   bash benchmarks/device_check.sh [build] [tests] [sanitize] [harness] [steps]      (default: all of them)
+#   bash benchmarks/device_check.sh [build] [tests] [sanitize] [harness] [steps] [merge]      (default: all of them)
 # Logs go to $OUT (default: build/device_check); a short summary is printed last.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-build/device_check}
 mkdir -p "$OUT"
 export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-9.0a} PYTHONUNBUFFERED=1
-[ $# -gt 0 ] || set -- build tests sanitize harness steps
+[ $# -gt 0 ] || set -- build tests sanitize harness steps merge
 summary=()
 
 run() { # name, log, command...
@@ -34,6 +34,7 @@ for stage in "$@"; do
         run "harness $op" "harness_$op.log" build/harness/alore_bench --op $op --tokens 50432 --dim 768 --experts 4 --rank 4 --dtype bf16
       done ;;
     steps) run "train_step" steps.log env PYTHONPATH=. python3 benchmarks/train_step.py --out "$OUT" ;;
+    merge) run "merge_model" merge.log env PYTHONPATH=. python3 benchmarks/merge_model.py --json "$OUT/merge_model.json" ;;
     *) echo "no stage $stage" >&2; exit 2 ;;
   esac
 done

@@ -1,4 +1,5 @@
-"""Runs every operator forward and backward over odd shapes and every dtype pair, for compute-sanitizer.
+"""Runs every operator forward and backward, and the grouped merges, over odd shapes and every dtype pair, for
+compute-sanitizer.
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python3 benchmarks/exercise_ops.py
 
@@ -60,6 +61,43 @@ def cases(generator, tokens, n, p, r, dtype, factor):
         yield "mlae_linear", (x, lora[0].detach().float().requires_grad_(), *lora[1:4], coeff[:2]), {"mask_p": 0.5}
 
 
+def merges(generator, shape, dtype, factor):
+    """Weights in every layout with the adapters of both methods, as arguments of the grouped merges."""
+    (n, p, r), d = shape, shape[0] * shape[1]
+    kron = [
+        leaf(generator, factor, n, n, n, spread=n**-0.5),
+        leaf(generator, factor, n, p, r, spread=p**-0.5),
+        leaf(generator, factor, n, r, p, spread=(n * r) ** -0.5),
+    ]
+    sides = ["before", "after"] * 3
+    weights = [leaf(generator, dtype, *((67, d) if side == "before" else (d, 67))) for side in sides]
+    weights[2:4] = [weight.detach().t().contiguous().t() for weight in weights[2:4]]
+    weights[4:] = [torch.nn.functional.pad(weight.detach(), (0, 3))[:, :-3] for weight in weights[4:]]
+    biases = [leaf(generator, dtype, weight.shape[0]) for weight in weights]
+    yield "merge_kron_", weights, [biases, *([f] * 6 for f in kron), sides]
+    lora = [[leaf(generator, factor, 2 * r, w.shape[1]) for w in weights]]
+    lora += [[leaf(generator, factor, w.shape[0], 2 * r) for w in weights]]
+    lora += [[leaf(generator, factor, 2 * r) for _ in weights]]
+    yield "merge_lora_", weights, lora
+
+
+@torch.no_grad()
+def wrong_merges(generator, shape, dtype, factor, tolerance) -> int:
+    """Grouped merges of one kind of factors; how many weights came out wrong."""
+    wrong = 0
+    for name, weights, rest in merges(generator, shape, dtype, factor):
+        expected = [weight.double().clone() for weight in weights]
+        for i, weight in enumerate(expected):
+            getattr(reference, name)(weight, *(v.double() if torch.is_tensor(v) else v for v in (x[i] for x in rest)))
+        got = [weight.detach() for weight in weights]
+        getattr(ops, name.removesuffix("_") + "_grouped_")(got, *rest)
+        for weight, exact in zip(got, expected, strict=True):
+            if not (weight.double() - exact).norm() <= tolerance * exact.norm():
+                wrong += 1
+                print(f"{name} {shape} {dtype}: wrong", file=sys.stderr)
+    return wrong
+
+
 def main() -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     generator = torch.Generator(device).manual_seed(0)
@@ -77,6 +115,9 @@ def main() -> int:
             if tokens and not error <= tolerance:
                 wrong += 1
                 print(f"{name} {tokens} tokens {shape} {dtype}: error {error.item():.2e}", file=sys.stderr)
+    for (dtype, factor, tolerance), shape in itertools.product(DTYPES, FACTORS):
+        wrong += wrong_merges(generator, shape, dtype, factor, tolerance)
+        calls += 2
     if device.type == "cuda":
         torch.cuda.synchronize()
     print(f"{calls} calls on {device}, {wrong} wrong")

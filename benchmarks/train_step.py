@@ -1,236 +1,220 @@
 """Times whole training steps: frozen floor, full fine-tuning, this library, the same in plain PyTorch, PEFT.
 
     python benchmarks/train_step.py --model vit_base_patch16_224 --batch 32 256 --mode eager graph
+    python benchmarks/train_step.py --model swin_base_patch4_window7_224 --batch 128 --interleave --out runs/swin
+    python benchmarks/train_step.py --batch 32 --profile alore
 
-All methods of one row share a process and a batch; `ratio` is to the floor of the same batch and mode. The floor is
-the frozen backbone's forward, the gradient of its input, and the head: what no adapter at all would cost.
+Any timm ViT, Swin (v1) or ConvNeXt. All methods of one row share a process and a batch; `ratio` is to the median of the
+floor of the same batch and mode. The floor is the frozen backbone's forward, the gradient of its first block's input,
+and the head: what no adapter at all would cost.
 """
 
 import argparse
 import copy
+import functools
 import gc
-import json
-import os
-import statistics
-import subprocess
-import time
+import importlib.util
+import sys
 from pathlib import Path
 
 import timm
 import torch
-from torch import nn
-
-import alore_ext as ae
+import torch._dynamo
+from steps import report
+from steps.methods import METHODS
+from steps.places import find_places
+from steps.profiling import profile
+from steps.timing import Step, milliseconds, summary, synchronize
+from timm.models import is_model_in_modules
+from timm.utils import ParseKwargs
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+CLASSES = 100
 
 
-class EinsumAlore(nn.Module):
-    """A norm with ALoRE behind it, in plain PyTorch: the form one would write without this library."""
-
-    def __init__(self, norm: nn.LayerNorm, scale: nn.Parameter, rank: int):
-        super().__init__()
-        n, dim = scale.shape[0], norm.weight.numel()
-        self.norm, self.scale = norm, scale
-        self.down = nn.Parameter(torch.randn(n, dim // n, rank, device=scale.device, dtype=scale.dtype) * 0.05)
-        self.up = nn.Parameter(torch.zeros(n, rank, dim // n, device=scale.device, dtype=scale.dtype))
-
-    def forward(self, x):
-        x = self.norm(x)
-        code = torch.einsum("...ak,ikr->...air", x.unflatten(-1, (self.scale.shape[0], -1)), self.down)
-        mixed = torch.einsum("...air,iab->...bir", code, self.scale)
-        return x + torch.einsum("...bir,irp->...bp", mixed, self.up).flatten(-2)
-
-
-def freeze(model):
-    model.requires_grad_(False)
-    model.get_classifier().requires_grad_(True)
-    return model
-
-
-def floor(model):
-    """The gradient of the first block's input is asked for, so that backward runs through every block."""
-    model.blocks[0].register_forward_pre_hook(lambda _, args: (args[0].detach().requires_grad_(),))
-    return freeze(model)
-
-
-def alore_einsum(model):
-    freeze(model)
-    like = next(model.parameters())
-    model.alore_scale = nn.Parameter(torch.randn(4, 4, 4, device=like.device, dtype=like.dtype) / 2)
-    for block in model.blocks:
-        block.norm1 = EinsumAlore(block.norm1, model.alore_scale, rank=4)
-        block.norm2 = EinsumAlore(block.norm2, model.alore_scale, rank=4)
-    return model
-
-
-def peft(config_name, **options):
-    """PEFT with its adapters in the model's own dtype: upcast ones, its default, are slower."""
-
-    def build(model):
-        import peft as library
-
-        config = getattr(library, config_name)(modules_to_save=["head"], **options)
-        return library.get_peft_model(model, config, autocast_adapter_dtype=False)
-
-    return build
-
-
-METHODS = {
-    "floor": floor,
-    "full": lambda model: model.requires_grad_(True),
-    "alore": lambda model: ae.patch(model, ae.AloreConfig(num_experts=4, rank=4)),
-    "alore_einsum": alore_einsum,
-    "mlae": lambda model: ae.patch(model, ae.MlaeConfig(num_experts=8)),
-    "peft_lora": peft("LoraConfig", r=8, target_modules=r".*\.qkv"),
-    "peft_lokr": peft("LoKrConfig", r=4, target_modules=r".*\.(qkv|fc1)"),
-}
-
-
-class Step:
-    """One optimisation step on fixed images, eager, compiled or as a CUDA graph."""
-
-    def __init__(self, model, images, labels, mode):
-        self.images, self.labels = images, labels
-        self.trainable = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.trainable, lr=1e-4, fused=images.is_cuda, capturable=mode == "graph")
-        self.forward = torch.compile(model) if mode == "compile" else model
-        self.graph = None
-        if mode == "graph":
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(3):
-                    self.run()
-            torch.cuda.current_stream().wait_stream(stream)
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.run()
-
-    def run(self):
-        loss = nn.functional.cross_entropy(self.forward(self.images).float(), self.labels)
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def __call__(self):
-        return self.graph.replay() if self.graph is not None else self.run()
-
-
-def synchronize(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def milliseconds(step, device, seconds):
-    """Median over groups of steps, each timed from an idle device to an idle device."""
-    for _ in range(5):
-        step()
-    synchronize(device)
-    start = time.perf_counter()
-    step()
-    synchronize(device)
-    group = max(1, int(0.1 / (time.perf_counter() - start)))
-    samples, end = [], time.perf_counter() + seconds
-    while time.perf_counter() < end or len(samples) < 3:
-        start = time.perf_counter()
-        for _ in range(group):
-            step()
-        synchronize(device)
-        samples.append((time.perf_counter() - start) / group * 1e3)
-    return statistics.median(samples)
-
-
-def measure(name, base, images, labels, mode, seconds):
-    device = images.device
-    model = METHODS[name](copy.deepcopy(base)).train()
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    step = Step(model, images, labels, mode)
-    ms = milliseconds(step, device, seconds)
-    peak = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else None
-    return {"method": name, "ms": ms, "peak_mib": peak, "trainable": trainable}
-
-
-def commit():
-    """The checkout's commit; a copy without .git is told it by ALORE_COMMIT."""
-    told = os.environ.get("ALORE_COMMIT")
-    if told:
-        return told
-    try:
-        run = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return run.stdout.strip()
-
-
-def plot(rows, path):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    settings = sorted({(r["batch"], r["mode"]) for r in rows})
-    figure, axes = plt.subplots(1, len(settings), figsize=(4 * len(settings), 3.2), squeeze=False)
-    for axis, (batch, mode) in zip(axes[0], settings, strict=True):
-        chosen = [r for r in rows if (r["batch"], r["mode"]) == (batch, mode)]
-        axis.barh([r["method"] for r in chosen], [r["ratio"] for r in chosen])
-        axis.axvline(1.0, color="black", linewidth=0.8)
-        axis.invert_yaxis()
-        axis.set_title(f"batch {batch}, {mode}")
-        axis.set_xlabel("step time / frozen floor")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-
-
-def main():
+def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="vit_base_patch16_224")
+    parser.add_argument("--model", default="vit_base_patch16_224", help="a timm ViT, Swin or ConvNeXt")
+    parser.add_argument("--img-size", type=int, help="image side; default: the model's own")
+    parser.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs, help="key=value for timm")
     parser.add_argument("--batch", type=int, nargs="+", default=[32, 256])
     parser.add_argument("--mode", nargs="+", default=["eager"], choices=["eager", "graph", "compile"])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--dtype", default="bf16", choices=list(DTYPES))
+    parser.add_argument("--autocast", action="store_true", help="fp32 weights, forward under autocast to --dtype")
+    parser.add_argument("--channels-last", action="store_true", help="images and kernels in NHWC memory")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=2.0, help="timed a method")
-    parser.add_argument("--out", type=Path, help="folder for train_step.json and train_step.png")
-    args = parser.parse_args()
+    parser.add_argument(
+        "--interleave",
+        action="store_true",
+        help="build all methods first, then time them in turns; no peak memory then. For small differences",
+    )
+    parser.add_argument("--profile", nargs="+", metavar="METHOD", choices=list(METHODS), help="profile, don't time")
+    parser.add_argument("--out", type=Path, help="folder for train_step.json, train_step.png and profiles")
+    args = parser.parse_args(argv)
+    if args.autocast and args.dtype == "fp32":
+        parser.error("--autocast needs --dtype bf16 or fp16")
+    if "graph" in args.mode and torch.device(args.device).type != "cuda":
+        parser.error("--mode graph needs a CUDA device")
+    return args
 
-    device = torch.device(args.device)
-    machine = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{args.model} {args.dtype} on {machine}, torch {torch.__version__}, commit {commit()}")
+
+def make_model(args):
+    """The plain model, on the CPU: on the GPU it would count into every method's peak memory."""
+    kwargs = dict(args.model_kwargs)
+    if args.img_size and not is_model_in_modules(args.model, ["convnext"]):  # a ConvNeXt takes any size as it is
+        kwargs["img_size"] = args.img_size
     torch.manual_seed(0)
-    base = timm.create_model(args.model, num_classes=100).to(device, DTYPES[args.dtype])
-    size = base.patch_embed.img_size
-    rows = []
+    model = timm.create_model(args.model, num_classes=CLASSES, **kwargs)
+    model = model.to(torch.float32 if args.autocast else DTYPES[args.dtype])
+    return model.to(memory_format=torch.channels_last) if args.channels_last else model
+
+
+def make_batch(args, base, batch, device):
+    """Random images and labels."""
+    size = base.patch_embed.img_size if hasattr(base, "patch_embed") else base.default_cfg["input_size"][1:]
+    if args.img_size:
+        size = (args.img_size, args.img_size)
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(batch, 3, *size, generator=generator).to(device, next(base.parameters()).dtype)
+    if args.channels_last:
+        images = images.to(memory_format=torch.channels_last)
+    return images, torch.randint(0, CLASSES, (batch,), generator=generator).to(device)
+
+
+class Bench:
+    """One batch and mode: builds the methods' steps, times them, and keeps going where one fails."""
+
+    def __init__(self, args, base, batch, mode, device):
+        self.args, self.base, self.mode, self.batch, self.device = args, base, mode, batch, device
+        self.places = find_places(base)
+        self.images, self.labels = make_batch(args, base, batch, device)
+        self.failures = []
+
+    def build(self, name):
+        """The step, warm where it was compiled, and what is known of it before it is timed."""
+        method = METHODS[name]
+        torch.manual_seed(2)
+        model = method.build(copy.deepcopy(self.base).to(self.device), self.places).train()
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        head = sum(p.numel() for p in self.base.get_classifier().parameters())
+        row = {"method": name, "kind": method.kind, "batch": self.batch, "mode": self.mode, "peak_mib": None}
+        row |= {"trainable": trainable, "trainable_without_head": trainable - head}
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        autocast = DTYPES[self.args.dtype] if self.args.autocast else None
+        step = Step(model, self.images, self.labels, self.mode, autocast)
+        if self.mode == "compile":
+            counters = torch._dynamo.utils.counters
+            counters.clear()
+            step()
+            row["graph_breaks"] = sum(counters["graph_break"].values())
+            if self.device.type == "cuda":
+                synchronize(self.device)
+                torch.cuda.reset_peak_memory_stats()  # compiling may have tried kernels out
+        return step, row
+
+    def attempt(self, name, work):
+        """`work()`, or None with a line where it raises: the other methods' figures are still wanted."""
+        try:
+            return work()
+        except Exception as error:
+            text = f"{type(error).__name__}: {str(error).strip() or '(no text)'}"
+            print(f"{self.batch:>5} {self.mode:<8} {name:<14} failed: {text.splitlines()[0][:200]}", flush=True)
+            self.failures.append({"method": name, "batch": self.batch, "mode": self.mode, "error": text[:2000]})
+            return None
+
+    def one_by_one(self):
+        """Rows with peak memory; each method has the machine to itself."""
+        rows = []
+        for name in self.args.methods:
+            row = self.attempt(name, functools.partial(self.time_one, name))
+            self.clean_up()
+            if row is not None:
+                rows.append(row)
+                print(report.line(report.with_ratios(rows)[-1]), flush=True)
+        return report.with_ratios(rows)
+
+    def time_one(self, name):
+        step, row = self.build(name)
+        row |= summary(milliseconds([step], self.device, self.args.seconds)[0])
+        if self.device.type == "cuda":
+            row["peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
+        return row
+
+    def in_turns(self):
+        """Rows of methods timed in turns."""
+        built = [self.attempt(name, functools.partial(self.build, name)) for name in self.args.methods]
+        built = [entry for entry in built if entry is not None]
+        samples = milliseconds([step for step, _ in built], self.device, self.args.seconds)
+        rows = [{**row, **summary(times)} for (_, row), times in zip(built, samples, strict=True)]
+        rows = report.with_ratios(rows)
+        print("\n".join(map(report.line, rows)), flush=True)
+        del built
+        self.clean_up()
+        return rows
+
+    def profiles(self):
+        """Prints a table for each method asked for; writes it too."""
+        for name in self.args.profile:
+            text = self.attempt(name, lambda name=name: profile(self.build(name)[0], self.device))
+            self.clean_up()
+            if text is None:
+                continue
+            text = f"{self.args.model} {name}, batch {self.batch}, {self.mode}, {self.args.dtype}: {text}\n"
+            print(text, flush=True)
+            if self.args.out:
+                self.args.out.mkdir(parents=True, exist_ok=True)
+                (self.args.out / f"profile_{name}_{self.batch}_{self.mode}.txt").write_text(text)
+
+    def clean_up(self):
+        """Nothing of a method, nor of its compiled code, is left for the next."""
+        if self.mode == "compile":
+            torch._dynamo.reset()
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def skip_peft(args):
+    """Takes PEFT's methods out, with one line."""
+    skipped = [name for name in [*args.methods, *(args.profile or [])] if METHODS[name].kind == "PEFT"]
+    if skipped:
+        print(f"peft is not installed: {', '.join(dict.fromkeys(skipped))} skipped")
+        args.methods = [name for name in args.methods if name not in skipped]
+        args.profile = args.profile and [name for name in args.profile if name not in skipped]
+
+
+def main(argv=None):
+    """Returns the exit status: 1 where a method failed."""
+    args = parse_args(argv)
+    device = torch.device(args.device)
+    if importlib.util.find_spec("peft") is None:
+        skip_peft(args)
+    if "compile" in args.mode:
+        # All methods' compiled code lives side by side where they take turns; beyond its limit dynamo would run eagerly
+        # without a word.
+        torch._dynamo.config.recompile_limit = 64
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
+
+    head = report.environment(args, device)
+    weights = f"fp32 under {args.dtype} autocast" if args.autocast else args.dtype
+    print(f"{args.model} {weights} on {head['machine']}, torch {head['torch']}, commit {head['commit']}", flush=True)
+    base = make_model(args)
+    rows, failures = [], []
     for batch in args.batch:
-        images = torch.randn(batch, 3, *size, device=device, dtype=DTYPES[args.dtype])
-        labels = torch.randint(0, 100, (batch,), device=device)
         for mode in args.mode:
-            group = []
-            for name in args.methods:
-                try:
-                    row = measure(name, base, images, labels, mode, args.seconds)
-                except Exception as error:
-                    print(f"{batch:>5} {mode:<8} {name:<14} failed: {type(error).__name__}: {str(error)[:120]}")
-                    continue
-                finally:
-                    gc.collect()
-                    if device.type == "cuda":
-                        torch.cuda.empty_cache()
-                group.append({**row, "batch": batch, "mode": mode, "ratio": row["ms"] / (group or [row])[0]["ms"]})
-                memory = f"{row['peak_mib']:>9,.0f} MiB" if row["peak_mib"] is not None else ""
-                print(
-                    f"{batch:>5} {mode:<8} {name:<14} {row['ms']:>9.2f} ms  {group[-1]['ratio']:>5.2f}x {memory}"
-                    f"  {row['trainable']:>12,} trainable",
-                    flush=True,
-                )
-            rows += group
-    if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "train_step.json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
-        plot(rows, args.out / "train_step.png")
+            bench = Bench(args, base, batch, mode, device)
+            if args.profile is not None:
+                bench.profiles()
+            else:
+                rows += bench.in_turns() if args.interleave else bench.one_by_one()
+            failures += bench.failures
+    if args.out and args.profile is None:
+        report.write(head, rows, failures, args.out)
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -14,6 +14,7 @@ from backbones import (
 )
 
 import alore_ext as ae
+from alore_ext.patching.grouping import KronMerge, LoraMerge, run_merges_
 
 ALL = ("before_attn", "after_attn", "before_ffn", "after_ffn")
 METHODS = {
@@ -213,22 +214,78 @@ def test_a_merge_that_overflows_is_undone(config, keep_base, device):
     assert_unchanged(model, before)
 
 
-@pytest.mark.parametrize("failing_call", [1, 5])
-def test_a_merge_that_fails_midway_is_undone(failing_call, monkeypatch, device):
+@pytest.mark.parametrize("written", [0, 5])
+@pytest.mark.parametrize("op", ["merge_kron_grouped_", "merge_lora_grouped_"])
+def test_a_merge_that_fails_midway_is_undone(op, written, monkeypatch, device):
+    """Some entries written, the others not, and (for lora) all ALoRE adapters merged before."""
     model = patched("vit", METHODS["both"], device)
     before = snapshot(model)
-    merge_kron_, calls = ae.ops.merge_kron_, []
+    merge_grouped_ = getattr(ae.ops, op)
 
-    def flaky(*args):
-        calls.append(1)
-        if len(calls) == failing_call:
-            raise MemoryError("no room")
-        merge_kron_(*args)
+    def flaky(*lists):
+        merge_grouped_(*(values[:written] for values in lists))
+        raise MemoryError("no room")
 
-    monkeypatch.setattr(ae.ops, "merge_kron_", flaky)
+    monkeypatch.setattr(ae.ops, op, flaky)
     with pytest.raises(MemoryError):
         ae.merge_(model)
     assert_unchanged(model, before)
+
+
+@methods
+@pytest.mark.parametrize("name", ["vit", "eva02_base"])
+def test_a_model_is_merged_in_one_call_a_method(name, config, monkeypatch, device):
+    model, calls = patched(name, config, device), []
+    for op in ("merge_kron_grouped_", "merge_lora_grouped_"):
+        grouped = getattr(ae.ops, op)
+        monkeypatch.setattr(
+            ae.ops, op, lambda *lists, op=op, grouped=grouped: (calls.append((op, len(lists[0]))), grouped(*lists))
+        )
+    for op in ("merge_kron_", "merge_lora_"):
+        monkeypatch.setattr(ae.ops, op, None)
+    ae.merge_(model)
+    assert len(calls) == len({op for op, _ in calls}) == 2
+    state = model.__dict__["_alore_state"]
+    assert sum(entries for _, entries in calls) == sum(len(record.linears) for record in state.records)
+
+
+def adapter_factors(width, device):
+    make = {"device": device, "dtype": torch.float64}
+    return (
+        torch.randn(4, 4, 4, **make) / 4,
+        torch.randn(4, width // 4, 2, **make),
+        torch.randn(4, 2, width // 4, **make),
+    )
+
+
+def test_merges_of_one_weight_keep_their_order(device):
+    """before and after a linear, then low-rank, and a weight's rows apart (q, k, v) after the whole: as one by one."""
+    weights = [torch.randn(24, 16, device=device, dtype=torch.float64) for _ in range(2)]
+    bias = torch.randn(24, device=device, dtype=torch.float64)
+    low_rank = [torch.randn(*shape, device=device, dtype=torch.float64) for shape in ((3, 16), (24, 3), (3,))]
+    merges = [
+        KronMerge(weights[0], None, *adapter_factors(16, device), "before"),
+        KronMerge(weights[1], None, *adapter_factors(16, device), "before"),
+        KronMerge(weights[0], bias, *adapter_factors(24, device), "after"),
+        LoraMerge(weights[0], *low_rank),
+        KronMerge(weights[0][:8], None, *adapter_factors(16, device), "before"),
+        KronMerge(weights[0][8:16], None, *adapter_factors(16, device), "before"),
+        KronMerge(weights[0][8:], bias[8:], *adapter_factors(16, device), "after"),
+        LoraMerge(weights[1], *low_rank),
+    ]
+    written = [*weights, bias]
+    before = [tensor.clone() for tensor in written]
+    for merge in merges:
+        if isinstance(merge, KronMerge):
+            ae.ops.merge_kron_(merge.weight, merge.bias, merge.scale, merge.down, merge.up, merge.side)
+        else:
+            ae.ops.merge_lora_(merge.weight, merge.lora_a, merge.lora_b, merge.coeff)
+    expected = [tensor.clone() for tensor in written]
+    for tensor, old in zip(written, before, strict=True):
+        tensor.copy_(old)
+    run_merges_(merges)
+    for tensor, one_by_one in zip(written, expected, strict=True):
+        assert_same_bits(tensor, one_by_one)
 
 
 def test_a_merge_that_fails_at_its_end_is_undone(monkeypatch):

@@ -5,9 +5,8 @@ float16 activations; low-rank factors have the activations' dtype, or float32 un
 gradients have their own dtype. Shape and dtype errors are `RuntimeError`s that say what was expected and what came.
 """
 
-from .kron import alore, kron_linear, layer_norm_alore, plan_kron
+from .kron import alore, kron_linear, layer_norm_alore, plan_alore, plan_kron
 from .lora import masked_lora_linear, mlae_linear, plan_lora
-from .merge import merge_kron_, merge_lora_
 
 __all__ = [
     "alore",
@@ -15,8 +14,14 @@ __all__ = [
     "layer_norm_alore",
     "masked_lora_linear",
     "merge_kron_",
+    "merge_kron_grouped_",
     "merge_lora_",
     "mlae_linear",
     "plan_kron",
     "plan_lora",
+    "plan_alore",
+    "merge_lora_grouped_",
+    "plan_kron",
+    "plan_merge_kron",
+    "plan_merge_lora",
 ]

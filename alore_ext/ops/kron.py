@@ -62,7 +62,8 @@ def layer_norm_alore(
     up: Tensor,
     dropout_p: float = 0.0,
     training: bool = True,
-) -> Tensor:
+    residual: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """``alore(layer_norm(x))`` over the last axis: a transformer block's norm with the adapter behind it.
 
     Args:
@@ -70,13 +71,94 @@ def layer_norm_alore(
         weight, bias: ``[embed_dim]`` or None; x's dtype or float32.
         eps: added to the variance.
         scale, down, up, dropout_p, training: as for :func:`alore`.
+        residual: like x. The norm then acts on ``x + residual``, rounded to their dtype, which is returned as well:
+            a block's residual sum costs no pass of its own.
 
     Returns:
-        Like x; under autocast, float32 x gives the autocast dtype. Backward keeps x, one mean and one reciprocal
-        standard deviation a token, and recomputes the rest.
+        Like x; under autocast, float32 x gives the autocast dtype. With a residual, that and the sum. Backward keeps
+        x (or the sum), one mean and one reciprocal standard deviation a token, and recomputes the rest.
     """
     seed, p = _draw_seed(x, dropout_p, training)
-    return torch.ops.alore_ext.layer_norm_alore(x, weight, bias, eps, scale, down, up, seed, p)[0]
+    ops = torch.ops.alore_ext
+    if residual is None:
+        return ops.layer_norm_alore(x, weight, bias, eps, scale, down, up, seed, p)[0]
+    return ops.add_layer_norm_alore(x, residual, weight, bias, eps, scale, down, up, seed, p)[:2]
+
+
+def plan_alore(
+    x: Tensor,
+    scale: Tensor,
+    down: Tensor,
+    up: Tensor,
+    *,
+    norm: bool = True,
+    residual: bool = True,
+    out_dtype: torch.dtype | None = None,
+    backward: bool = False,
+    device: torch.device | str | int | None = None,
+    capability: int | None = None,
+    num_sms: int | None = None,
+    shared_per_block: int | None = None,
+):
+    """How a CUDA device would run :func:`layer_norm_alore`, or :func:`alore` or :func:`kron_linear`; printable.
+
+    The fused kernels take 16-bit activations (or float32 ones behind a norm, under autocast), ``embed_dim /
+    num_experts`` a multiple of 8, at most 8 blocks and ``num_experts * rank`` at most 64 (backward: not 33 to 48), on
+    compute capability 8.0 and later, where the factors and a tile of 16 tokens fit a block's shared memory (embed_dim
+    up to 1536 at 227 KiB, up to 768 at 99 KiB, with 4 experts of rank 4). Anything else is composed of cuBLAS products
+    and smaller kernels: see :func:`plan_kron`.
+
+    Args:
+        x, scale, down, up: tensors of the call's shapes and dtypes; no values are read.
+        norm: with the layer norm in front.
+        residual: False for :func:`kron_linear`, which adds nothing to its result.
+        out_dtype: of the result; x's by default.
+        backward: the plan of the backward pass.
+        device: a CUDA device to ask for its limits; x's by default.
+        capability, num_sms, shared_per_block: limits of a device that is not there: 10 * major + minor, the number of
+            multiprocessors, and the shared memory a block may opt in to, in bytes.
+
+    Returns:
+        An object with ``fused``, and ``reason`` where it is False.
+
+    Raises:
+        ValueError: the map is not square, or no device and no limits are known.
+    """
+    if scale.size(1) != scale.size(2) or down.size(1) != up.size(2):
+        raise ValueError(
+            "plan_alore: the map must be square block by block; got scale "
+            f"{list(scale.shape)}, down {list(down.shape)}, up {list(up.shape)}"
+        )
+    limits = (capability, num_sms, shared_per_block)
+    if None in limits:
+        device = torch.device(x.device if device is None else device)
+        if device.type != "cuda":
+            raise ValueError(
+                "plan_alore: give a CUDA device, or capability, num_sms and shared_per_block; got device "
+                f"{device} and {limits}"
+            )
+        properties = torch.cuda.get_device_properties(device)
+        limits = (
+            10 * properties.major + properties.minor,
+            properties.multi_processor_count,
+            properties.shared_memory_per_block_optin,
+        )
+    return _C.plan_alore(
+        num_tokens=x[..., 0].numel(),
+        num_experts=scale.size(0),
+        num_blocks=scale.size(1),
+        block_dim=down.size(1),
+        rank=down.size(2),
+        dtype=x.dtype,
+        out_dtype=out_dtype or x.dtype,
+        factor_dtype=scale.dtype,
+        norm=norm,
+        add_base=residual,
+        capability=limits[0],
+        num_sms=limits[1],
+        shared_per_block=limits[2],
+        backward=backward,
+    )
 
 
 def plan_kron(x: Tensor, scale: Tensor, down: Tensor, up: Tensor, backward: bool = False):

@@ -12,9 +12,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from alore_ext import ops
 from alore_ext.modules import FusedBiasAttention, MlaeLinear, attach, detach
 from alore_ext.modules.adapter import Adapter
+
+from .grouping import KronMerge, LoraMerge, Merge
 
 SHARED_SCALE = "alore_scale"
 
@@ -68,8 +69,8 @@ class AdapterRecord:
         """The backbone's parameters that `merge_` changes, by full name."""
         return {f"{name}.weight": model.get_submodule(name).weight for name in self.linears}
 
-    def merge_(self, model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
-        """Fold the adapter into `merged_tensors`, in place.
+    def merges(self, model: nn.Module, parameters: Mapping[str, Tensor]) -> list[Merge]:
+        """What folds the adapter into `merged_tensors`, in order.
 
         `parameters` are its own, and `alore_scale` where shared.
         """
@@ -121,12 +122,14 @@ class AloreRecord(AdapterRecord):
             tensors[f"{self.module}.bias"] = bias
         return tensors
 
-    def merge_(self, model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
+    def merges(self, model: nn.Module, parameters: Mapping[str, Tensor]) -> list[Merge]:
         scale = parameters[SHARED_SCALE if self.share_scale else "scale"]
+        merges: list[Merge] = []
         for name in self.linears:
             linear = model.get_submodule(name)
             bias = linear.bias if self.side == "after" else None
-            ops.merge_kron_(linear.weight, bias, scale, parameters["down"], parameters["up"], self.side)
+            merges.append(KronMerge(linear.weight, bias, scale, parameters["down"], parameters["up"], self.side))
+        return merges
 
 
 @dataclass(frozen=True)
@@ -173,10 +176,12 @@ class MlaeRecord(AdapterRecord):
             detach(owner)
         return super().detach(model)
 
-    def merge_(self, model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
-        coeff = parameters["coeff"].repeat_interleave(self.expert_rank)
+    def merges(self, model: nn.Module, parameters: Mapping[str, Tensor]) -> list[Merge]:
+        coeff = parameters["coeff"]
+        if self.expert_rank > 1:
+            coeff = coeff.repeat_interleave(self.expert_rank)
         weight = model.get_submodule(self.module).weight
-        ops.merge_lora_(weight, parameters["lora_a"], parameters["lora_b"], coeff)
+        return [LoraMerge(weight, parameters["lora_a"], parameters["lora_b"], coeff)]
 
 
 def init_scale_(scale: Tensor) -> None:

@@ -1,6 +1,4 @@
-// The CPU kernels, float32 or float64, over all hardware threads. The products around the mixing belong to
-// ATen in the Python package and to the plain loop below here, so a row is an upper bound on what the package
-// takes.
+// The CPU kernels, float32 or float64, over all hardware threads.
 #include <algorithm>
 #include <chrono>
 #include <limits>
@@ -8,8 +6,7 @@
 #include <thread>
 
 #include "harness.h"
-#include "kernels/kron.h"
-#include "kernels/layer_norm.h"
+#include "kernels/kron_cpu.h"
 
 namespace alore::harness {
 namespace {
@@ -25,49 +22,23 @@ void parallel_rows(int64_t rows, F&& f) {
   for (std::thread& t : pool) t.join();
 }
 
-// out[m, n] (+)= a[m, k] @ b[k, n] for rows [begin, end), row-major.
-template <typename T>
-void multiply(const T* a, const T* b, int64_t begin, int64_t end, int64_t k, int64_t n, bool add, T* out) {
-  for (int64_t row = begin; row < end; ++row) {
-    T* o = out + row * n;
-    if (!add) std::fill_n(o, n, T(0));
-    for (int64_t i = 0; i < k; ++i) {
-      const T v = a[row * k + i];
-      for (int64_t j = 0; j < n; ++j) o[j] += v * b[i * n + j];
-    }
-  }
-}
-
 template <typename T>
 Row run(const Options& o, const Problem& problem, const std::vector<double>& expected) {
   const auto& s = problem.shape;
   const auto as = [](const std::vector<double>& v) { return std::vector<T>(v.begin(), v.end()); };
   const auto x = as(problem.x), scale = as(problem.scale), up = as(problem.up);
   const auto weight = as(problem.weight), bias = as(problem.bias);
-  std::vector<T> down(problem.down.size());  // [p_in, width]
-  for (int64_t e = 0; e < s.num_experts; ++e)
-    for (int64_t i = 0; i < s.p_in; ++i)
-      for (int64_t k = 0; k < s.rank; ++k)
-        down[(i * s.num_experts + e) * s.rank + k] =
-            static_cast<T>(problem.down[(e * s.p_in + i) * s.rank + k]);
-  std::vector<T> spread(s.s_in * s.s_out * s.width());
-  kernels::kron_spread_scale_cpu<T>(scale.data(), s.num_experts, s.s_in, s.s_out, s.rank, spread.data());
+  const auto down = as(problem.down);
+  std::vector<T> packed(kernels::kron_packed_size_cpu(s));
+  kernels::kron_pack_cpu<T>(s, scale.data(), down.data(), up.data(), packed.data());
 
-  const bool norm = !weight.empty();
-  std::vector<T> code(o.tokens * s.s_in * s.width()), mixed(o.tokens * s.s_out * s.width());
   std::vector<T> mean(o.tokens), rstd(o.tokens), out(x.size(), std::numeric_limits<T>::quiet_NaN());
+  const kernels::KronNormCpu<T> norm{weight.data(), bias.data(), kNormEps, mean.data(), rstd.data()};
   const auto once = [&] {
     parallel_rows(o.tokens, [&](int64_t begin, int64_t end) {
-      const T* in = x.data();
-      if (norm) {
-        kernels::layer_norm_cpu<T>(in, weight.data(), bias.data(), kNormEps, false, begin, end, o.dim,
-                                   mean.data(), rstd.data(), out.data());
-        in = out.data();
-      }
-      multiply(in, down.data(), begin * s.s_in, end * s.s_in, s.p_in, s.width(), false, code.data());
-      kernels::kron_mix_cpu<T>(code.data(), spread.data(), begin, end, s.s_in, s.s_out, s.width(),
-                               mixed.data());
-      multiply(mixed.data(), up.data(), begin * s.s_out, end * s.s_out, s.width(), s.p_out, norm, out.data());
+      std::vector<T> scratch(kernels::kron_scratch_size_cpu(s));
+      kernels::kron_forward_cpu<T>(s, packed.data(), x.data(), weight.empty() ? nullptr : &norm, false, begin,
+                                   end, out.data(), scratch.data());
     });
   };
   once();

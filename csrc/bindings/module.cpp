@@ -7,6 +7,8 @@
 #include <string>
 #include <vector>
 
+#include "kernels/alore.h"
+#include "kernels/merge_plan.h"
 #include "kernels/lora.h"
 #include "kernels/plan.h"
 #include "ops/common.h"
@@ -65,6 +67,44 @@ alore::kernels::KronPlan plan_kron(int64_t num_tokens, int64_t num_experts, int6
   return backward ? alore::kernels::plan_kron_backward(shape) : alore::kernels::plan_kron_forward(shape);
 }
 
+py::object plan_alore(int64_t num_tokens, int64_t num_experts, int64_t num_blocks, int64_t block_dim, int64_t rank,
+                      at::ScalarType dtype, at::ScalarType out_dtype, at::ScalarType factor_dtype, bool norm,
+                      bool add_base, int capability, int num_sms, int64_t shared_per_block, bool backward) {
+  using alore::ops::kernel_dtype;
+  const alore::kernels::AloreShape shape{.num_tokens = num_tokens,
+                                         .num_experts = num_experts,
+                                         .num_blocks = num_blocks,
+                                         .block_dim = block_dim,
+                                         .rank = rank,
+                                         .input = kernel_dtype(dtype),
+                                         .output = kernel_dtype(out_dtype),
+                                         .factor = kernel_dtype(factor_dtype),
+                                         .affine = kernel_dtype(factor_dtype),
+                                         .norm = norm,
+                                         .add_base = add_base};
+  const alore::kernels::DeviceLimits device{capability, num_sms, shared_per_block};
+  return backward ? py::cast(alore::kernels::plan_alore_backward(shape, device))
+                  : py::cast(alore::kernels::plan_alore_forward(shape, device));
+}
+
+alore::kernels::MergePlan plan_merge(int64_t num_tokens, int64_t num_experts, int64_t s_in, int64_t s_out,
+                                     int64_t p_in, int64_t p_out, int64_t rank, bool low_rank,
+                                     at::ScalarType dtype, at::ScalarType factor_dtype, int64_t token_stride,
+                                     int64_t element_stride, size_t shared_limit) {
+  const alore::kernels::MergeShape shape{num_tokens,
+                                         num_experts,
+                                         s_in,
+                                         s_out,
+                                         p_in,
+                                         p_out,
+                                         rank,
+                                         low_rank,
+                                         alore::ops::kernel_dtype(dtype),
+                                         alore::ops::kernel_dtype(factor_dtype),
+                                         token_stride,
+                                         element_stride};
+  return alore::kernels::plan_merge(shape, shared_limit);
+}
 alore::kernels::LoraPlan plan_lora(int64_t num_tokens, int64_t in_features, int64_t out_features,
                                    int64_t rank, at::ScalarType dtype, at::ScalarType weight_dtype,
                                    int num_processors, size_t shared_bytes) {
@@ -90,9 +130,53 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("scale_grad_blocks", &KronPlan::scale_grad_blocks)
       .def_readonly("workspace_bytes", &KronPlan::workspace_bytes)
       .def("__repr__", &KronPlan::to_string);
+  using alore::kernels::AloreBackwardPlan;
+  using alore::kernels::AloreForwardPlan;
+  py::class_<AloreForwardPlan>(m, "AloreForwardPlan")
+      .def_readonly("fused", &AloreForwardPlan::fused)
+      .def_readonly("reason", &AloreForwardPlan::reason)
+      .def_readonly("groups_per_warp", &AloreForwardPlan::groups_per_warp)
+      .def_readonly("warps_per_tile", &AloreForwardPlan::warps_per_tile)
+      .def_readonly("tiles_per_block", &AloreForwardPlan::tiles_per_block)
+      .def_readonly("even", &AloreForwardPlan::even)
+      .def_readonly("blocks", &AloreForwardPlan::blocks)
+      .def_readonly("shared_bytes", &AloreForwardPlan::shared_bytes)
+      .def("__repr__", &AloreForwardPlan::to_string);
+  py::class_<AloreBackwardPlan>(m, "AloreBackwardPlan")
+      .def_readonly("fused", &AloreBackwardPlan::fused)
+      .def_readonly("reason", &AloreBackwardPlan::reason)
+      .def_readonly("warps", &AloreBackwardPlan::warps)
+      .def_readonly("row_tiles", &AloreBackwardPlan::row_tiles)
+      .def_readonly("stages", &AloreBackwardPlan::stages)
+      .def_readonly("key_splits", &AloreBackwardPlan::key_splits)
+      .def_readonly("items_per_warp", &AloreBackwardPlan::items_per_warp)
+      .def_readonly("parts", &AloreBackwardPlan::parts)
+      .def_readonly("blocks", &AloreBackwardPlan::blocks)
+      .def_readonly("shared_bytes", &AloreBackwardPlan::shared_bytes)
+      .def_readonly("workspace_bytes", &AloreBackwardPlan::workspace_bytes)
+      .def("__repr__", &AloreBackwardPlan::to_string);
+  m.def("plan_alore", &plan_alore, py::kw_only(), py::arg("num_tokens"), py::arg("num_experts"),
+        py::arg("num_blocks"), py::arg("block_dim"), py::arg("rank"), py::arg("dtype"), py::arg("out_dtype"),
+        py::arg("factor_dtype"), py::arg("norm"), py::arg("add_base"), py::arg("capability"), py::arg("num_sms"),
+        py::arg("shared_per_block"), py::arg("backward"));
   m.def("plan_kron", &plan_kron, py::arg("num_tokens"), py::arg("num_experts"), py::arg("s_in"),
         py::arg("s_out"), py::arg("p_in"), py::arg("p_out"), py::arg("rank"), py::arg("dtype"),
         py::arg("factor_dtype"), py::arg("backward"));
+  using alore::kernels::MergePlan;
+  py::class_<MergePlan>(m, "MergePlan")
+      .def_readonly("taken", &MergePlan::taken)
+      .def_readonly("reason", &MergePlan::reason)
+      .def_readonly("rows", &MergePlan::rows)
+      .def_readonly("tokens_per_tile", &MergePlan::tokens_per_tile)
+      .def_readonly("num_tiles", &MergePlan::num_tiles)
+      .def_readonly("splits", &MergePlan::splits)
+      .def_readonly("shared_bytes", &MergePlan::shared_bytes)
+      .def("__repr__", &MergePlan::to_string);
+  m.def("plan_merge", &plan_merge, py::kw_only(), py::arg("num_tokens"), py::arg("num_experts"),
+        py::arg("s_in"), py::arg("s_out"), py::arg("p_in"), py::arg("p_out"), py::arg("rank"),
+        py::arg("low_rank"), py::arg("dtype"), py::arg("factor_dtype"), py::arg("token_stride"),
+        py::arg("element_stride"), py::arg("shared_limit"));
+  m.attr("LEAST_SHARED_LIMIT") = alore::kernels::kLeastSharedLimit;
   using alore::kernels::LoraPlan;
   py::class_<LoraPlan>(m, "LoraPlan")
       .def_property_readonly("forward", [](const LoraPlan& p) { return path_name(p.forward); })

@@ -5,7 +5,7 @@
 //   mixed  H[t,b,e,:] = sum_a scale[e,a,b] * Z[t,a,e,:]         [num_tokens, s_out, num_experts * rank]
 //   out    y[t,b,:]   = sum_e H[t,b,e,:] @ up[e]                [num_tokens, s_out * p_out]
 // The first and last are matrix products over all blocks of all tokens; the mixing between them is this
-// file's own.
+// file's own. On CPU: kron_cpu.h.
 #pragma once
 
 #include <cstdint>
@@ -25,40 +25,6 @@ struct KronGradients {
   void* down;
   void* up;
 };
-
-// ---- CPU
-// ----------------------------------------------------------------------------------------------------------
-// Mixing on rows [begin, end) of tokens; T is float or double. `spread` is scale as kron_spread_scale_cpu
-// lays it out.
-
-// spread[a, b, e * rank + k] = scale[e, a, b]: the innermost loop of the mixing then runs over contiguous
-// memory.
-template <typename T>
-void kron_spread_scale_cpu(const T* scale,  // [num_experts, s_in, s_out]
-                           int64_t num_experts, int64_t s_in, int64_t s_out, int64_t rank,
-                           T* spread);  // [s_in, s_out, num_experts * rank]
-
-// mixed[t,b,:] = sum_a spread[a,b,:] * code[t,a,:]. Overwrites rows [begin, end) of mixed.
-template <typename T>
-void kron_mix_cpu(const T* code,    // [num_tokens, s_in, width]
-                  const T* spread,  // [s_in, s_out, width]
-                  int64_t begin, int64_t end, int64_t s_in, int64_t s_out, int64_t width,
-                  T* mixed);  // [num_tokens, s_out, width]
-
-// grad_code[t,a,:] = sum_b spread[a,b,:] * grad_mixed[t,b,:]. Overwrites rows [begin, end) of grad_code.
-template <typename T>
-void kron_unmix_cpu(const T* grad_mixed,  // [num_tokens, s_out, width]
-                    const T* spread,      // [s_in, s_out, width]
-                    int64_t begin, int64_t end, int64_t s_in, int64_t s_out, int64_t width,
-                    T* grad_code);  // [num_tokens, s_in, width]
-
-// grad_spread[a,b,:] = sum over tokens in [begin, end) of code[t,a,:] * grad_mixed[t,b,:]. Overwrites
-// grad_spread.
-template <typename T>
-void kron_scale_grad_cpu(const T* code,        // [num_tokens, s_in, width]
-                         const T* grad_mixed,  // [num_tokens, s_out, width]
-                         int64_t begin, int64_t end, int64_t s_in, int64_t s_out, int64_t width,
-                         T* grad_spread);  // [s_in, s_out, width]
 
 }  // namespace alore::kernels
 

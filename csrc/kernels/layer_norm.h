@@ -9,23 +9,32 @@
 
 namespace alore::kernels {
 
-// ---- CPU: rows [begin, end); T is float or double
+// ---- CPU: rows [begin, end), one thread; T is float or double
 // ------------------------------------------------------------------
 
 // Overwrites those rows of out, mean and rstd; with statistics_known, mean and rstd are read instead. out may
 // be x.
 template <typename T>
 void layer_norm_cpu(const T* x,       // [num_tokens, embed_dim]
-                    const T* weight,  // [embed_dim] or null: ones
-                    const T* bias,    // [embed_dim] or null: zeros
+                    const T* weight,  // [embed_dim]
+                    const T* bias,    // [embed_dim]
                     double eps, bool statistics_known, int64_t begin, int64_t end, int64_t embed_dim, T* mean,
                     T* rstd,  // [num_tokens]
                     T* out);  // [num_tokens, embed_dim]
 
-// Overwrites those rows of grad_x, which may be grad_out.
+// Gradient of out is grad_a + grad_b. Overwrites those rows of grad_x, which may be grad_a or grad_b.
 template <typename T>
-void layer_norm_backward_cpu(const T* grad_out, const T* x, const T* weight, const T* mean, const T* rstd,
-                             int64_t begin, int64_t end, int64_t embed_dim, T* grad_x);
+void layer_norm_backward_cpu(const T* grad_a,  // [num_tokens, embed_dim]
+                             const T* grad_b,  // [num_tokens, embed_dim]
+                             const T* x, const T* weight, const T* mean, const T* rstd, int64_t begin,
+                             int64_t end, int64_t embed_dim,
+                             T* grad_x);  // [num_tokens, embed_dim]
+
+// Adds those rows' part to the gradients of weight and bias, [embed_dim] each.
+template <typename T>
+void layer_norm_affine_backward_cpu(const T* grad_a, const T* grad_b, const T* x, const T* mean,
+                                    const T* rstd, int64_t begin, int64_t end, int64_t embed_dim,
+                                    T* grad_weight, T* grad_bias);
 
 }  // namespace alore::kernels
 

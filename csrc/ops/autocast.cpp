@@ -57,6 +57,21 @@ struct Lower {
                                       factor(down, in), factor(up, in), seed, dropout_p, out_dtype);
   }
 
+  static T4 add_layer_norm_alore(const Tensor& x, const Tensor& residual, const OptTensor& weight,
+                                 const OptTensor& bias, double eps, const Tensor& scale, const Tensor& down,
+                                 const Tensor& up, const OptTensor& seed, double dropout_p,
+                                 std::optional<at::ScalarType> out_dtype) {
+    const c10::impl::ExcludeDispatchKeyGuard no_autocast(key);
+    // A sum is taken in the wider type of the two, as eager addition under autocast would.
+    const auto sum_type = at::promote_types(x.scalar_type(), residual.scalar_type());
+    const bool wide = sum_type == at::kFloat || sum_type == at::kDouble;
+    const auto type = wide ? sum_type : dtype();
+    const Tensor in = x.to(type), other = residual.to(type);
+    if (sum_type == at::kFloat && !out_dtype.has_value()) out_dtype = dtype();
+    return add_layer_norm_alore_op().call(in, other, factor(weight, in), factor(bias, in), eps, factor(scale, in),
+                                          factor(down, in), factor(up, in), seed, dropout_p, out_dtype);
+  }
+
   // A float32 weight is passed on: the op folds the update into it and rounds once, in the place of this
   // cast.
   static Tensor base_weight(const Tensor& weight, const Tensor& x) {
@@ -83,6 +98,7 @@ struct Lower {
     m.impl("kron_linear", kron_linear);
     m.impl("alore", alore);
     m.impl("layer_norm_alore", layer_norm_alore);
+    m.impl("add_layer_norm_alore", add_layer_norm_alore);
     m.impl("masked_lora_linear", masked_lora_linear);
     m.impl("mlae_linear", mlae_linear);
   }

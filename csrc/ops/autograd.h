@@ -4,6 +4,8 @@
 #include <ATen/core/grad_mode.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include <algorithm>
+
 #include "ops/dispatch.h"
 
 namespace alore::ops {
@@ -13,6 +15,9 @@ using torch::autograd::variable_list;
 
 inline bool requires_grad(const Tensor& t) { return t.defined() && t.requires_grad(); }
 inline bool requires_grad(const OptTensor& t) { return t.has_value() && requires_grad(*t); }
+inline bool requires_grad(TensorList list) {
+  return std::any_of(list.begin(), list.end(), [](const Tensor& t) { return requires_grad(t); });
+}
 
 template <typename... Tensors>
 bool any_requires_grad(const Tensors&... tensors) {

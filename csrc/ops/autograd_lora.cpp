@@ -1,4 +1,4 @@
-// Autograd of masked_lora_linear and mlae_linear, and what autograd must know of the in-place merges.
+// Autograd of masked_lora_linear and mlae_linear.
 #include "ops/autograd.h"
 
 namespace alore::ops {
@@ -82,46 +82,6 @@ T6 masked_lora_linear_backward_autograd(const Tensor& grad_out, const Tensor& x,
       grad_out, x, weight, lora_a, lora_b, coeff);
 }
 
-template <typename... Tensors>
-void refuse_recording(const char* op, const Tensors&... tensors) {
-  TORCH_CHECK(!any_requires_grad(tensors...), op,
-              ": merging is not differentiable; call it under torch.no_grad()");
-}
-
-// Asked before anything is written: an inference tensor has no version to bump outside inference mode.
-void refuse_inference(const char* op, const char* name, const OptTensor& t) {
-  TORCH_CHECK(!t.has_value() || !t->defined() || !t->is_inference() || c10::InferenceMode::is_enabled(), op,
-              ": ", name, " was made in inference mode and can only be changed there");
-}
-
-void bump_version(const OptTensor& t) {
-  if (t.has_value() && t->defined() && !t->is_inference()) torch::autograd::impl::bump_version(*t);
-}
-
-void merge_kron_autograd(const Tensor& weight, const OptTensor& bias, const Tensor& scale, const Tensor& down,
-                         const Tensor& up, std::string_view side) {
-  refuse_recording("merge_kron_", weight, bias, scale, down, up);
-  refuse_inference("merge_kron_", "weight", weight);
-  refuse_inference("merge_kron_", "bias", bias);
-  {
-    const at::AutoDispatchBelowADInplaceOrView below;
-    merge_kron__op().call(weight, bias, scale, down, up, side);
-  }
-  bump_version(weight);
-  bump_version(bias);
-}
-
-void merge_lora_autograd(const Tensor& weight, const Tensor& lora_a, const Tensor& lora_b,
-                         const Tensor& coeff) {
-  refuse_recording("merge_lora_", weight, lora_a, lora_b, coeff);
-  refuse_inference("merge_lora_", "weight", weight);
-  {
-    const at::AutoDispatchBelowADInplaceOrView below;
-    merge_lora__op().call(weight, lora_a, lora_b, coeff);
-  }
-  bump_version(weight);
-}
-
 }  // namespace
 }  // namespace alore::ops
 
@@ -130,6 +90,4 @@ TORCH_LIBRARY_IMPL(alore_ext, Autograd, m) {
   m.impl("masked_lora_linear", masked_lora_linear_autograd);
   m.impl("mlae_linear", mlae_linear_autograd);
   m.impl("masked_lora_linear_backward", masked_lora_linear_backward_autograd);
-  m.impl("merge_kron_", merge_kron_autograd);
-  m.impl("merge_lora_", merge_lora_autograd);
 }

@@ -3,10 +3,12 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <vector>
 
 #include "kernels/dropout.h"
-#include "kernels/kron.h"
+#include "kernels/kron_cpu.h"
 #include "kernels/layer_norm.h"
+#include "kernels/lora_cpu.h"
 
 namespace alore::ops {
 namespace {
@@ -23,110 +25,136 @@ void dispatch_acc(at::ScalarType acc, F&& f) {
 
 Tensor widened(const Tensor& t) { return t.to(accumulate_type(t.scalar_type())).contiguous(); }
 
-OptTensor widened_to(const OptTensor& t, at::ScalarType type) {
-  if (!t.has_value() || !t->defined()) return std::nullopt;
-  return t->to(type).contiguous();
+// The norm's affine as the kernels read it: an absent one costs them no branch.
+Tensor affine_or(const OptTensor& t, double value, int64_t width, at::ScalarType acc) {
+  if (t.has_value() && t->defined()) return t->to(acc).contiguous();
+  return at::full({width}, value, at::TensorOptions().dtype(acc));
 }
 
-template <typename T>
-const T* data_or_null(const OptTensor& t) {
-  return t.has_value() ? t->const_data_ptr<T>() : nullptr;
-}
+// A layer norm in front of the map, in the accumulate type.
+struct WideNorm {
+  Tensor weight, bias, mean, rstd;
+  double eps;
 
-// Factors as the GEMMs and the mixing loops read them.
-struct PackedFactors {
-  Tensor spread;  // [s_in, s_out, width]
-  Tensor down;    // [p_in, width]
-  Tensor up;      // [width, p_out]
+  WideNorm(const CpuBackend::Norm& norm, double eps, int64_t width, at::ScalarType acc)
+      : weight(affine_or(norm.weight, 1.0, width, acc)),
+        bias(affine_or(norm.bias, 0.0, width, acc)),
+        mean(norm.mean),
+        rstd(norm.rstd),
+        eps(eps) {}
 
-  PackedFactors(const kernels::KronShape& s, Factors f, at::ScalarType acc)
-      : spread(at::empty({s.s_in, s.s_out, s.width()}, f.scale.options().dtype(acc))),
-        down(f.down.to(acc).permute({1, 0, 2}).reshape({s.p_in, s.width()})),
-        up(f.up.to(acc).reshape({s.width(), s.p_out})) {
-    const Tensor scale = f.scale.to(acc).contiguous();
-    dispatch_acc(acc, [&](auto zero) {
-      using T = decltype(zero);
-      kernels::kron_spread_scale_cpu<T>(scale.const_data_ptr<T>(), s.num_experts, s.s_in, s.s_out, s.rank,
-                                        spread.mutable_data_ptr<T>());
-    });
+  template <typename T>
+  kernels::KronNormCpu<T> pointers() const {
+    return {weight.const_data_ptr<T>(), bias.const_data_ptr<T>(), eps,
+            // Written by forward alone, which made them.
+            static_cast<T*>(mean.data_ptr()), static_cast<T*>(rstd.data_ptr())};
   }
 };
 
-Tensor encode(const Tensor& x, const kernels::KronShape& s, const Tensor& down) {
-  return at::mm(x.view({s.num_tokens * s.s_in, s.p_in}), down);
-}
-
-Tensor mix(const Tensor& code, const kernels::KronShape& s, const Tensor& spread) {
-  Tensor mixed = at::empty({s.num_tokens * s.s_out, s.width()}, code.options());
-  dispatch_acc(code.scalar_type(), [&](auto zero) {
-    using T = decltype(zero);
-    const T *z = code.const_data_ptr<T>(), *scale = spread.const_data_ptr<T>();
-    T* h = mixed.mutable_data_ptr<T>();
-    at::parallel_for(0, s.num_tokens, row_grain(s.s_in * s.s_out * s.width()),
-                     [&](int64_t begin, int64_t end) {
-                       kernels::kron_mix_cpu<T>(z, scale, begin, end, s.s_in, s.s_out, s.width(), h);
-                     });
-  });
-  return mixed;
-}
-
-Tensor unmix(const Tensor& grad_mixed, const kernels::KronShape& s, const Tensor& spread) {
-  Tensor grad_code = at::empty({s.num_tokens * s.s_in, s.width()}, grad_mixed.options());
-  dispatch_acc(grad_mixed.scalar_type(), [&](auto zero) {
-    using T = decltype(zero);
-    const T *dh = grad_mixed.const_data_ptr<T>(), *scale = spread.const_data_ptr<T>();
-    T* dz = grad_code.mutable_data_ptr<T>();
-    at::parallel_for(0, s.num_tokens, row_grain(s.s_in * s.s_out * s.width()),
-                     [&](int64_t begin, int64_t end) {
-                       kernels::kron_unmix_cpu<T>(dh, scale, begin, end, s.s_in, s.s_out, s.width(), dz);
-                     });
-  });
-  return grad_code;
-}
-
-Tensor scale_grad(const Tensor& code, const Tensor& grad_mixed, const kernels::KronShape& s) {
-  // The number of partial sums depends on the shape alone, so the result does not change with the number of
-  // threads.
-  const int64_t entries = s.s_in * s.s_out * s.width();
-  const int64_t parts = std::clamp<int64_t>(s.num_tokens / row_grain(entries), 1, 64);
-  const int64_t per_part = (s.num_tokens + parts - 1) / parts;
-  Tensor partial = at::empty({parts, s.s_in, s.s_out, s.num_experts, s.rank}, code.options());
-  dispatch_acc(code.scalar_type(), [&](auto zero) {
-    using T = decltype(zero);
-    const T *z = code.const_data_ptr<T>(), *dh = grad_mixed.const_data_ptr<T>();
-    T* out = partial.mutable_data_ptr<T>();
-    at::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
-      for (int64_t part = first; part < last; ++part) {
-        const int64_t begin = std::min(part * per_part, s.num_tokens);
-        const int64_t end = std::min(begin + per_part, s.num_tokens);
-        kernels::kron_scale_grad_cpu<T>(z, dh, begin, end, s.s_in, s.s_out, s.width(), out + part * entries);
-      }
-    });
-  });
-  return partial.sum(at::IntArrayRef({0, 4})).permute({2, 0, 1}).contiguous();
-}
-
-Tensor layer_norm_rows(const Tensor& x, const OptTensor& weight, const OptTensor& bias, double eps,
-                       bool statistics_known, const Tensor& mean, const Tensor& rstd) {
-  const Tensor wide = widened(x);
-  const auto acc = wide.scalar_type();
-  const OptTensor w = widened_to(weight, acc), b = widened_to(bias, acc);
-  Tensor out = at::empty_like(wide);
+Tensor pack(const kernels::KronShape& s, Factors f, at::ScalarType acc) {
+  const Tensor packed = at::empty({kernels::kron_packed_size_cpu(s)}, f.scale.options().dtype(acc));
+  const Tensor scale = f.scale.to(acc).contiguous(), down = f.down.to(acc).contiguous(),
+               up = f.up.to(acc).contiguous();
   dispatch_acc(acc, [&](auto zero) {
     using T = decltype(zero);
-    const T *in = wide.const_data_ptr<T>(), *wp = data_or_null<T>(w), *bp = data_or_null<T>(b);
-    T *m = mean.mutable_data_ptr<T>(), *r = rstd.mutable_data_ptr<T>(), *o = out.mutable_data_ptr<T>();
-    at::parallel_for(0, x.size(0), row_grain(4 * x.size(1)), [&](int64_t begin, int64_t end) {
-      kernels::layer_norm_cpu<T>(in, wp, bp, eps, statistics_known, begin, end, x.size(1), m, r, o);
-    });
+    kernels::kron_pack_cpu<T>(s, scale.const_data_ptr<T>(), down.const_data_ptr<T>(), up.const_data_ptr<T>(),
+                              packed.mutable_data_ptr<T>());
   });
-  return out;
+  return packed;
 }
 
-Tensor total_grad(const Tensor& grad_a, const Tensor& grad_b, at::ScalarType acc) {
-  const Tensor a = grad_a.to(acc);
-  return grad_b.defined() ? a + grad_b.to(acc) : a;
+// One row for each thread that may run.
+Tensor thread_scratch(int64_t elements, const Tensor& like) {
+  return at::empty({at::get_num_threads(), elements}, like.options());
 }
+
+// x and out are in the accumulate type.
+void run_forward(const kernels::KronShape& s, const Tensor& x, const WideNorm* norm, Factors f, bool beta,
+                 const Tensor& out) {
+  const auto acc = x.scalar_type();
+  const Tensor packed = pack(s, f, acc), scratch = thread_scratch(kernels::kron_scratch_size_cpu(s), x);
+  dispatch_acc(acc, [&](auto zero) {
+    using T = decltype(zero);
+    const T *factors = packed.const_data_ptr<T>(), *in = x.const_data_ptr<T>();
+    T *o = out.mutable_data_ptr<T>(), *room = scratch.mutable_data_ptr<T>();
+    kernels::KronNormCpu<T> args{};
+    if (norm != nullptr) args = norm->pointers<T>();
+    const int64_t chunk = kernels::kron_chunk_tokens_cpu(s), chunks = (s.num_tokens + chunk - 1) / chunk;
+    at::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+      kernels::kron_forward_cpu<T>(s, factors, in, norm != nullptr ? &args : nullptr, beta, begin * chunk,
+                                   std::min(end * chunk, s.num_tokens), o,
+                                   room + at::get_thread_num() * scratch.size(1));
+    });
+  });
+}
+
+// x, the gradients and grad_x (which may be undefined) are in the accumulate type.
+FactorGrads run_backward(const kernels::KronShape& s, const Tensor& x, const WideNorm* norm, Factors f,
+                         const Tensor& grad_base, const Tensor& grad_branch, bool beta, const Tensor& grad_x,
+                         const Tensor& grad_weight, const Tensor& grad_bias) {
+  const auto acc = x.scalar_type(), factor = f.scale.scalar_type();
+  const Tensor packed = pack(s, f, acc), scratch = thread_scratch(kernels::kron_scratch_size_cpu(s), x);
+  const int64_t parts = kernels::kron_partials_cpu(s), per_part = (s.num_tokens + parts - 1) / parts;
+  const Tensor partial = at::empty({parts, kernels::kron_partial_size_cpu(s)}, x.options());
+  const auto like = [&](const Tensor& t) { return at::empty(t.sizes(), x.options()); };
+  const Tensor scale = like(f.scale), down = like(f.down), up = like(f.up);
+  dispatch_acc(acc, [&](auto zero) {
+    using T = decltype(zero);
+    const auto out_pointer = [](const Tensor& t) { return t.defined() ? t.mutable_data_ptr<T>() : nullptr; };
+    const T *factors = packed.const_data_ptr<T>(), *in = x.const_data_ptr<T>();
+    const T *base = grad_base.const_data_ptr<T>(), *branch = grad_branch.const_data_ptr<T>();
+    T *dx = out_pointer(grad_x), *sums = out_pointer(partial), *room = out_pointer(scratch);
+    kernels::KronNormCpu<T> args{};
+    if (norm != nullptr) args = norm->pointers<T>();
+    at::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
+      T* own = room + at::get_thread_num() * scratch.size(1);
+      for (int64_t part = first; part < last; ++part) {
+        const int64_t begin = std::min(part * per_part, s.num_tokens);
+        kernels::kron_backward_cpu<T>(s, factors, in, base, branch, norm != nullptr ? &args : nullptr, beta,
+                                      grad_weight.defined() || grad_bias.defined(), begin,
+                                      std::min(begin + per_part, s.num_tokens), dx,
+                                      sums + part * partial.size(1), own);
+      }
+    });
+    kernels::kron_reduce_cpu<T>(s, sums, parts, out_pointer(scale), out_pointer(down), out_pointer(up),
+                                out_pointer(grad_weight), out_pointer(grad_bias));
+  });
+  return {scale.to(factor), down.to(factor), up.to(factor)};
+}
+
+// Where a result of `type` is computed: in place if that is the accumulate type, else in a wide copy that is
+// rounded into it at the end.
+Tensor wide_result(const Tensor& t, at::ScalarType acc) {
+  if (!t.defined() || t.scalar_type() == acc) return t;
+  return at::empty(t.sizes(), t.options().dtype(acc));
+}
+
+void round_into(const Tensor& t, const Tensor& wide) {
+  if (t.defined() && !t.is_same(wide)) t.copy_(wide);
+}
+
+// The low-rank factors as the kernels read them, in the type of x.
+struct PackedLora {
+  kernels::LoraShapeCpu shape;
+  Tensor factors;
+  std::vector<int64_t> order;
+  int64_t active = 0;
+
+  PackedLora(const Tensor& x, Lora lora)
+      : shape{x.size(0), lora.a.size(1), lora.b.size(0), lora.a.size(0)},
+        factors(at::empty({kernels::lora_packed_size_cpu(shape)}, x.options())),
+        order(shape.rank) {
+    const auto acc = x.scalar_type();
+    const Tensor a = lora.a.to(acc).contiguous(), b = lora.b.to(acc).contiguous(),
+                 coeff = lora.coeff.to(acc).contiguous();
+    dispatch_acc(acc, [&](auto zero) {
+      using T = decltype(zero);
+      active =
+          kernels::lora_pack_cpu<T>(shape, a.const_data_ptr<T>(), b.const_data_ptr<T>(),
+                                    coeff.const_data_ptr<T>(), factors.mutable_data_ptr<T>(), order.data());
+    });
+  }
+};
 
 }  // namespace
 
@@ -134,83 +162,75 @@ void CpuBackend::kron_forward(const Tensor& x, Factors f, double beta, const Ten
   const auto s = kron_shape(x, f.scale, f.down, f.up);
   if (s.num_tokens == 0) return;
   const auto acc = accumulate_type(x.scalar_type());
-  const PackedFactors packed(s, f, acc);
-  const Tensor mixed = mix(encode(widened(x), s, packed.down), s, packed.spread);
-  if (out.scalar_type() == acc) {
-    Tensor blocks = out.view({s.num_tokens * s.s_out, s.p_out});
-    at::addmm_out(blocks, blocks, mixed, packed.up, beta);
-    return;
-  }
-  Tensor sum = at::mm(mixed, packed.up).view(out.sizes());
-  if (beta != 0.0) sum.add_(out);
-  out.copy_(sum);
+  const Tensor sum = wide_result(out, acc);
+  if (beta != 0.0) round_into(sum, out);
+  run_forward(s, widened(x), nullptr, f, beta != 0.0, sum);
+  round_into(out, sum);
 }
 
 FactorGrads CpuBackend::kron_backward(const Tensor& x, const Tensor& grad_out, Factors f, double beta,
                                       const Tensor& grad_x) {
   const auto s = kron_shape(x, f.scale, f.down, f.up);
   if (s.num_tokens == 0) return zero_grads(f);
-  const auto acc = accumulate_type(x.scalar_type()), factor = f.scale.scalar_type();
-  const PackedFactors packed(s, f, acc);
-  const Tensor wide_x = widened(x).view({s.num_tokens * s.s_in, s.p_in});
-  const Tensor wide_grad = widened(grad_out).view({s.num_tokens * s.s_out, s.p_out});
+  const auto acc = accumulate_type(x.scalar_type());
+  const Tensor grad = widened(grad_out), sum = wide_result(grad_x, acc);
+  if (beta != 0.0) round_into(sum, grad_x);
+  auto grads = run_backward(s, widened(x), nullptr, f, grad, grad, beta != 0.0, sum, Tensor(), Tensor());
+  round_into(grad_x, sum);
+  return grads;
+}
 
-  // Z and H are recomputed: keeping them would cost memory for every layer between forward and backward.
-  const Tensor code = at::mm(wide_x, packed.down);
-  const Tensor grad_up = at::mm(mix(code, s, packed.spread).t(), wide_grad);
-  const Tensor grad_mixed = at::mm(wide_grad, packed.up.t());
-  const Tensor grad_code = unmix(grad_mixed, s, packed.spread);
-  const Tensor grad_down = at::mm(wide_x.t(), grad_code);
-  if (grad_x.defined() && grad_x.scalar_type() == acc) {
-    Tensor blocks = grad_x.view({s.num_tokens * s.s_in, s.p_in});
-    at::addmm_out(blocks, blocks, grad_code, packed.down.t(), beta);
-  } else if (grad_x.defined()) {
-    Tensor sum = at::mm(grad_code, packed.down.t()).view(grad_x.sizes());
-    if (beta != 0.0) sum.add_(grad_x);
-    grad_x.copy_(sum);
+Tensor CpuBackend::norm_kron_forward(const Tensor& x, Norm norm, double eps, Factors f,
+                                     at::ScalarType out_dtype) {
+  const auto s = kron_shape(x, f.scale, f.down, f.up);
+  const Tensor wide = widened(x), out = at::empty_like(wide);
+  if (s.num_tokens > 0) {
+    const WideNorm wide_norm(norm, eps, x.size(1), wide.scalar_type());
+    run_forward(s, wide, &wide_norm, f, true, out);
   }
-  return {scale_grad(code, grad_mixed, s).to(factor),
-          grad_down.view({s.p_in, s.num_experts, s.rank}).permute({1, 0, 2}).contiguous().to(factor),
-          grad_up.view({s.num_experts, s.rank, s.p_out}).to(factor)};
+  return out.to(out_dtype);
+}
+
+FactorGrads CpuBackend::norm_kron_backward(const Tensor& x, Norm norm, Factors f, const Tensor& grad_base,
+                                           const Tensor& grad_branch, const Tensor& grad_x,
+                                           const Tensor& grad_weight, const Tensor& grad_bias) {
+  const auto s = kron_shape(x, f.scale, f.down, f.up);
+  if (s.num_tokens == 0) {
+    for (const Tensor& t : {grad_weight, grad_bias}) {
+      if (t.defined()) t.zero_();
+    }
+    return zero_grads(f);
+  }
+  const Tensor wide = widened(x);
+  const auto acc = wide.scalar_type();
+  const WideNorm wide_norm(norm, 0.0, x.size(1), acc);
+  const Tensor base = widened(grad_base),
+               branch = grad_branch.is_same(grad_base) ? base : widened(grad_branch);
+  const Tensor sum = wide_result(grad_x, acc), weight = wide_result(grad_weight, acc),
+               bias = wide_result(grad_bias, acc);
+  auto grads = run_backward(s, wide, &wide_norm, f, base, branch, false, sum, weight, bias);
+  round_into(grad_x, sum);
+  round_into(grad_weight, weight);
+  round_into(grad_bias, bias);
+  return grads;
 }
 
 Tensor CpuBackend::layer_norm_forward(const Tensor& x, const OptTensor& weight, const OptTensor& bias,
                                       double eps, at::ScalarType out_dtype, const Tensor& mean,
                                       const Tensor& rstd) {
-  return layer_norm_rows(x, weight, bias, eps, false, mean, rstd).to(out_dtype);
-}
-
-Tensor CpuBackend::layer_norm_recompute(const Tensor& x, const OptTensor& weight, const OptTensor& bias,
-                                        const Tensor& mean, const Tensor& rstd, at::ScalarType out_dtype) {
-  return layer_norm_rows(x, weight, bias, 0.0, true, mean, rstd).to(out_dtype);
-}
-
-Tensor CpuBackend::layer_norm_backward(const Tensor& grad_a, const Tensor& grad_b, const Tensor& x,
-                                       const OptTensor& weight, const Tensor& mean, const Tensor& rstd) {
-  const Tensor wide = widened(x);
-  const auto acc = wide.scalar_type();
-  const Tensor grad = total_grad(grad_a, grad_b, acc).contiguous();
-  const OptTensor w = widened_to(weight, acc);
-  Tensor grad_x = at::empty_like(wide);
-  dispatch_acc(acc, [&](auto zero) {
+  const Tensor wide = widened(x), out = at::empty_like(wide);
+  const WideNorm norm({weight, bias, mean, rstd}, eps, x.size(1), wide.scalar_type());
+  dispatch_acc(wide.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    const T *g = grad.const_data_ptr<T>(), *in = wide.const_data_ptr<T>(), *wp = data_or_null<T>(w);
-    const T *m = mean.const_data_ptr<T>(), *r = rstd.const_data_ptr<T>();
-    T* dx = grad_x.mutable_data_ptr<T>();
-    at::parallel_for(0, x.size(0), row_grain(6 * x.size(1)), [&](int64_t begin, int64_t end) {
-      kernels::layer_norm_backward_cpu<T>(g, in, wp, m, r, begin, end, x.size(1), dx);
+    const T* in = wide.const_data_ptr<T>();
+    T* o = out.mutable_data_ptr<T>();
+    const auto args = norm.pointers<T>();
+    at::parallel_for(0, x.size(0), row_grain(4 * x.size(1)), [&](int64_t begin, int64_t end) {
+      kernels::layer_norm_cpu<T>(in, args.weight, args.bias, eps, false, begin, end, x.size(1), args.mean,
+                                 args.rstd, o);
     });
   });
-  return grad_x.to(x.scalar_type());
-}
-
-std::pair<Tensor, Tensor> CpuBackend::layer_norm_affine_backward(const Tensor& grad_a, const Tensor& grad_b,
-                                                                 const Tensor& x, const Tensor& mean,
-                                                                 const Tensor& rstd,
-                                                                 at::ScalarType affine_dtype) {
-  const Tensor grad = total_grad(grad_a, grad_b, mean.scalar_type());
-  const Tensor normalised = (x.to(mean.scalar_type()) - mean.unsqueeze(1)) * rstd.unsqueeze(1);
-  return {(grad * normalised).sum(0).to(affine_dtype), grad.sum(0).to(affine_dtype)};
+  return out.to(out_dtype);
 }
 
 void CpuBackend::dropout_add(const Tensor& base, const Tensor& branch, const Tensor& seed, double p,
@@ -230,6 +250,62 @@ void CpuBackend::dropout_add(const Tensor& base, const Tensor& branch, const Ten
     });
   });
   if (!sum.is_same(out)) out.copy_(sum);
+}
+
+void CpuBackend::lora_forward(const Tensor& x, Lora lora, const Tensor& out) {
+  const auto acc = accumulate_type(x.scalar_type());
+  const Tensor wide = widened(x), sum = wide_result(out, acc);
+  round_into(sum, out);
+  const PackedLora packed(wide, lora);
+  const auto& s = packed.shape;
+  const Tensor scratch = thread_scratch(kernels::lora_scratch_size_cpu(s), wide);
+  dispatch_acc(acc, [&](auto zero) {
+    using T = decltype(zero);
+    const T *factors = packed.factors.const_data_ptr<T>(), *in = wide.const_data_ptr<T>();
+    T *o = sum.mutable_data_ptr<T>(), *room = scratch.mutable_data_ptr<T>();
+    const int64_t chunk = kernels::lora_chunk_tokens_cpu(s), chunks = (s.num_tokens + chunk - 1) / chunk;
+    at::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+      kernels::lora_forward_cpu<T>(s, factors, packed.active, in, begin * chunk,
+                                   std::min(end * chunk, s.num_tokens), o,
+                                   room + at::get_thread_num() * scratch.size(1));
+    });
+  });
+  round_into(out, sum);
+}
+
+LoraGrads CpuBackend::lora_backward(const Tensor& x, const Tensor& grad_out, Lora lora,
+                                    const Tensor& grad_x) {
+  const auto acc = accumulate_type(x.scalar_type()), factor = lora.a.scalar_type();
+  const Tensor wide = widened(x), grad = widened(grad_out), sum = wide_result(grad_x, acc);
+  round_into(sum, grad_x);
+  const PackedLora packed(wide, lora);
+  const auto& s = packed.shape;
+  const Tensor scratch = thread_scratch(kernels::lora_scratch_size_cpu(s), wide);
+  const int64_t parts = kernels::lora_partials_cpu(s), per_part = (s.num_tokens + parts - 1) / parts;
+  const Tensor partial = at::empty({parts, kernels::lora_partial_size_cpu(s)}, wide.options());
+  const auto like = [&](const Tensor& t) { return at::empty(t.sizes(), wide.options()); };
+  const Tensor grad_a = like(lora.a), grad_b = like(lora.b), grad_coeff = like(lora.coeff);
+  dispatch_acc(acc, [&](auto zero) {
+    using T = decltype(zero);
+    const T *factors = packed.factors.const_data_ptr<T>(), *in = wide.const_data_ptr<T>();
+    const T* dy = grad.const_data_ptr<T>();
+    T* dx = sum.defined() ? sum.mutable_data_ptr<T>() : nullptr;
+    T *sums = partial.mutable_data_ptr<T>(), *room = scratch.mutable_data_ptr<T>();
+    at::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
+      T* own = room + at::get_thread_num() * scratch.size(1);
+      for (int64_t part = first; part < last; ++part) {
+        const int64_t begin = std::min(part * per_part, s.num_tokens);
+        kernels::lora_backward_cpu<T>(s, factors, packed.active, in, dy, begin,
+                                      std::min(begin + per_part, s.num_tokens), dx,
+                                      sums + part * partial.size(1), own);
+      }
+    });
+    kernels::lora_reduce_cpu<T>(s, packed.active, packed.order.data(), sums, parts,
+                                grad_a.mutable_data_ptr<T>(), grad_b.mutable_data_ptr<T>(),
+                                grad_coeff.mutable_data_ptr<T>());
+  });
+  round_into(grad_x, sum);
+  return {grad_a.to(factor), grad_b.to(factor), grad_coeff.to(factor)};
 }
 
 }  // namespace alore::ops

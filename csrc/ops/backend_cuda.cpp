@@ -1,34 +1,15 @@
 #include "ops/backend_cuda.h"
 
-#include <ATen/cuda/CUDAContext.h>
-
 #include "kernels/dropout.h"
 #include "kernels/kron.h"
 #include "kernels/layer_norm.h"
+#include "ops/cuda_call.h"
 
 namespace alore::ops {
 namespace {
 
 using kernels::CudaContext;
 using kernels::DType;
-
-// torch's handle for this thread and stream: its math mode follows torch.backends.cuda.matmul.allow_tf32.
-CudaContext current_context() {
-  return {at::cuda::getCurrentCUDAStream().stream(), at::cuda::getCurrentCUDABlasHandle()};
-}
-
-Tensor bytes(size_t count, const Tensor& like) {
-  return at::empty({static_cast<int64_t>(count)}, like.options().dtype(at::kByte));
-}
-
-const void* read(const Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; }
-const void* read(const OptTensor& t) { return t.has_value() ? read(*t) : nullptr; }
-void* write(const Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; }
-
-OptTensor contiguous(const OptTensor& t) {
-  if (!t.has_value() || !t->defined()) return std::nullopt;
-  return t->contiguous();
-}
 
 kernels::LayerNormShape norm_shape(const Tensor& x, const OptTensor& weight, const OptTensor& bias,
                                    at::ScalarType out_dtype) {

@@ -189,6 +189,34 @@ void check_statistics(const char* op, const Tensor& x, const Tensor& mean, const
   }
 }
 
+void check_norm_forward(const char* op, const Tensor& x, const OptTensor& residual, const OptTensor& weight,
+                        const OptTensor& bias, double eps, const Tensor& scale, const Tensor& down, const Tensor& up,
+                        const OptTensor& seed, double dropout_p, std::optional<at::ScalarType> out_dtype) {
+  check_kron(op, x, scale, down, up, Width::kResidual);
+  if (residual.has_value() && residual->defined()) {
+    TORCH_CHECK(residual->sym_sizes() == x.sym_sizes(), op, ": residual must have x's shape ", x.sym_sizes(),
+                ", got ", residual->sym_sizes());
+    check_same_dtype(op, "residual", *residual, "x", x);
+    check_device(op, "residual", *residual, x);
+  }
+  check_layer_norm(op, x, weight, bias, eps, out_dtype);
+  check_dropout(op, x, seed, dropout_p);
+}
+
+void check_norm_backward(const Tensor& grad_out, const Tensor& x, const OptTensor& weight, const OptTensor& bias,
+                         const Tensor& mean, const Tensor& rstd, const Tensor& scale, const Tensor& down,
+                         const Tensor& up, const OptTensor& seed, double dropout_p, const OptTensor& grad_sum) {
+  constexpr const char* op = "layer_norm_alore_backward";
+  check_kron(op, x, scale, down, up, Width::kResidual);
+  check_layer_norm(op, x, weight, bias, 0.0, std::nullopt);
+  check_statistics(op, x, mean, rstd);
+  check_dropout(op, x, seed, dropout_p);
+  check_norm_grad(op, grad_out, x);
+  if (grad_sum.has_value() && grad_sum->defined()) {
+    check_grad(op, *grad_sum, x.sym_sizes(), x, x.scalar_type());
+  }
+}
+
 void check_lora(const char* op, const Tensor& x, const Tensor& weight, const OptTensor& bias,
                 const Tensor& lora_a, const Tensor& lora_b, const Tensor& coeff, Coeff rule) {
   check_activation(op, x);
@@ -204,9 +232,8 @@ void check_lora(const char* op, const Tensor& x, const Tensor& weight, const Opt
   check_factor_dtype(op, "lora_a", lora_a.scalar_type(), x.scalar_type());
 }
 
-void check_merge_kron(const Tensor& weight, const OptTensor& bias, const Tensor& scale, const Tensor& down,
-                      const Tensor& up, std::string_view side) {
-  constexpr const char* op = "merge_kron_";
+void check_merge_kron(const char* op, const Tensor& weight, const OptTensor& bias, const Tensor& scale,
+                      const Tensor& down, const Tensor& up, std::string_view side) {
   check_merge_target(op, weight);
   TORCH_CHECK(side == "before" || side == "after", op, ": side must be \"before\" or \"after\", got \"", side,
               "\"");
@@ -227,10 +254,11 @@ void check_merge_kron(const Tensor& weight, const OptTensor& bias, const Tensor&
   }
 }
 
-void check_merge_lora(const Tensor& weight, const Tensor& lora_a, const Tensor& lora_b, const Tensor& coeff) {
-  check_merge_target("merge_lora_", weight);
-  check_lora_factors("merge_lora_", weight, lora_a, lora_b, coeff, Coeff::kPerRow);
-  check_floating("merge_lora_", "lora_a", lora_a);
+void check_merge_lora(const char* op, const Tensor& weight, const Tensor& lora_a, const Tensor& lora_b,
+                      const Tensor& coeff) {
+  check_merge_target(op, weight);
+  check_lora_factors(op, weight, lora_a, lora_b, coeff, Coeff::kPerRow);
+  check_floating(op, "lora_a", lora_a);
 }
 
 void check_grad(const char* op, const Tensor& grad_out, c10::SymIntArrayRef sizes, const Tensor& like,
@@ -259,6 +287,25 @@ std::vector<c10::SymInt> lora_output_sizes(const Tensor& x, const Tensor& weight
   std::vector<c10::SymInt> sizes = x.sym_sizes().vec();
   sizes.back() = weight.sym_size(0);
   return sizes;
+}
+
+bool is_square(const Tensor& scale, const Tensor& down, const Tensor& up) {
+  return scale.size(1) == scale.size(2) && down.size(1) == up.size(2);
+}
+
+kernels::AloreShape alore_shape(int64_t num_tokens, at::ScalarType input, at::ScalarType output, const Tensor& scale,
+                                const Tensor& down, bool norm, at::ScalarType affine, bool add_base) {
+  return {.num_tokens = num_tokens,
+          .num_experts = scale.size(0),
+          .num_blocks = scale.size(1),
+          .block_dim = down.size(1),
+          .rank = down.size(2),
+          .input = kernel_dtype(input),
+          .output = kernel_dtype(output),
+          .factor = kernel_dtype(scale.scalar_type()),
+          .affine = kernel_dtype(affine),
+          .norm = norm,
+          .add_base = add_base};
 }
 
 kernels::KronShape kron_shape(const Tensor& x2d, const Tensor& scale, const Tensor& down, const Tensor& up) {

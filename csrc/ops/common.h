@@ -6,12 +6,18 @@
 
 #include <string_view>
 
+#include "kernels/alore.h"
 #include "kernels/plan.h"
 
 namespace alore::ops {
 
 using at::Tensor;
+using at::TensorList;
 using OptTensor = std::optional<Tensor>;
+using T3 = std::tuple<Tensor, Tensor, Tensor>;
+using T4 = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using T6 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Strings = c10::List<std::string>;
 
 kernels::DType kernel_dtype(at::ScalarType type);
 
@@ -37,6 +43,19 @@ void check_layer_norm(const char* op, const Tensor& x, const OptTensor& weight, 
                       double eps, std::optional<at::ScalarType> out_dtype);
 // The norm's statistics as its forward returned them: x's leading axes, accumulate type.
 void check_statistics(const char* op, const Tensor& x, const Tensor& mean, const Tensor& rstd);
+// A whole call of layer_norm_alore or add_layer_norm_alore (with a residual), and of their backward.
+void check_norm_forward(const char* op, const Tensor& x, const OptTensor& residual, const OptTensor& weight,
+                        const OptTensor& bias, double eps, const Tensor& scale, const Tensor& down, const Tensor& up,
+                        const OptTensor& seed, double dropout_p, std::optional<at::ScalarType> out_dtype);
+void check_norm_backward(const Tensor& grad_out, const Tensor& x, const OptTensor& weight, const OptTensor& bias,
+                         const Tensor& mean, const Tensor& rstd, const Tensor& scale, const Tensor& down,
+                         const Tensor& up, const OptTensor& seed, double dropout_p, const OptTensor& grad_sum);
+void check_lora(const char* op, const Tensor& x, const Tensor& weight, const OptTensor& bias,
+                const Tensor& lora_a, const Tensor& lora_b, const Tensor& coeff);
+void check_merge_kron(const char* op, const Tensor& weight, const OptTensor& bias, const Tensor& scale,
+                      const Tensor& down, const Tensor& up, std::string_view side);
+void check_merge_lora(const char* op, const Tensor& weight, const Tensor& lora_a, const Tensor& lora_b,
+                      const Tensor& coeff);
 // Whether coeff has an entry for every rank row, or for every expert (R / num_experts rows).
 enum class Coeff { kPerRow, kPerExpert };
 
@@ -56,6 +75,11 @@ void check_norm_grad(const char* op, const Tensor& grad_out, const Tensor& x);
 // x's sizes with the last one replaced by that of the Kronecker map's output.
 std::vector<c10::SymInt> kron_output_sizes(const Tensor& x, const Tensor& scale, const Tensor& up);
 std::vector<c10::SymInt> lora_output_sizes(const Tensor& x, const Tensor& weight);
+
+// Whether a Kronecker map is square block by block, as ALoRE's is; only then has it an AloreShape.
+bool is_square(const Tensor& scale, const Tensor& down, const Tensor& up);
+kernels::AloreShape alore_shape(int64_t num_tokens, at::ScalarType input, at::ScalarType output, const Tensor& scale,
+                                const Tensor& down, bool norm, at::ScalarType affine, bool add_base);
 
 kernels::KronShape kron_shape(const Tensor& x2d, const Tensor& scale, const Tensor& down, const Tensor& up);
 

@@ -21,9 +21,6 @@ auto typed_op(const char* name) {
 
 using Mask4 = std::array<bool, 4>;
 using Mask6 = std::array<bool, 6>;
-using T3 = std::tuple<Tensor, Tensor, Tensor>;
-using T4 = std::tuple<Tensor, Tensor, Tensor, Tensor>;
-using T6 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 ALORE_OP(kron_linear, Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&))
 ALORE_OP(kron_linear_backward,
@@ -37,7 +34,10 @@ ALORE_OP(layer_norm_alore,
                                             double, std::optional<at::ScalarType>))
 ALORE_OP(layer_norm_alore_backward,
          T6(const Tensor&, const Tensor&, const OptTensor&, const OptTensor&, const Tensor&, const Tensor&,
-            const Tensor&, const Tensor&, const Tensor&, const OptTensor&, double, Mask6))
+            const Tensor&, const Tensor&, const Tensor&, const OptTensor&, double, Mask6, const OptTensor&))
+ALORE_OP(add_layer_norm_alore,
+         T4(const Tensor&, const Tensor&, const OptTensor&, const OptTensor&, double, const Tensor&, const Tensor&,
+            const Tensor&, const OptTensor&, double, std::optional<at::ScalarType>))
 ALORE_OP(masked_lora_linear,
          T3(const Tensor&, const Tensor&, const OptTensor&, const Tensor&, const Tensor&, const Tensor&))
 ALORE_OP(mlae_linear, T4(const Tensor&, const Tensor&, const OptTensor&, const Tensor&, const Tensor&,
@@ -48,6 +48,9 @@ ALORE_OP(masked_lora_linear_backward,
 ALORE_OP(merge_kron_,
          void(const Tensor&, const OptTensor&, const Tensor&, const Tensor&, const Tensor&, std::string_view))
 ALORE_OP(merge_lora_, void(const Tensor&, const Tensor&, const Tensor&, const Tensor&))
+ALORE_OP(merge_kron_grouped_,
+         void(TensorList, TensorList, at::IntArrayRef, TensorList, TensorList, TensorList, const Strings&))
+ALORE_OP(merge_lora_grouped_, void(TensorList, TensorList, TensorList, TensorList))
 
 #undef ALORE_OP
 

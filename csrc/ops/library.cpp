@@ -27,11 +27,18 @@ TORCH_LIBRARY(alore_ext, m) {
       "layer_norm_alore(Tensor x, Tensor? weight, Tensor? bias, float eps, Tensor scale, Tensor down, Tensor "
       "up,"
       " Tensor? seed=None, float dropout_p=0.0, ScalarType? out_dtype=None) -> (Tensor, Tensor, Tensor)");
-  // Gradients of x, weight, bias, scale, down, up.
+  // The same on x + residual; returns y, the sum, mean, rstd.
+  m.def(
+      "add_layer_norm_alore(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps, Tensor scale, "
+      "Tensor down, Tensor up, Tensor? seed=None, float dropout_p=0.0, ScalarType? out_dtype=None)"
+      " -> (Tensor, Tensor, Tensor, Tensor)");
+  // Gradients of x, weight, bias, scale, down, up. After add_layer_norm_alore x is the sum, grad_sum its gradient as
+  // an output, and x's gradient is residual's too.
   m.def(
       "layer_norm_alore_backward(Tensor grad_out, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, "
       "Tensor rstd,"
-      " Tensor scale, Tensor down, Tensor up, Tensor? seed, float dropout_p, bool[6] output_mask)"
+      " Tensor scale, Tensor down, Tensor up, Tensor? seed, float dropout_p, bool[6] output_mask,"
+      " Tensor? grad_sum=None)"
       " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 
   // Returns y and what backward reads again: the code x A^T (empty where W folds), and the packed factors or
@@ -56,4 +63,12 @@ TORCH_LIBRARY(alore_ext, m) {
       "merge_kron_(Tensor(a!) weight, Tensor(b!)? bias, Tensor scale, Tensor down, Tensor up, str side) -> "
       "()");
   m.def("merge_lora_(Tensor(a!) weight, Tensor lora_a, Tensor lora_b, Tensor coeff) -> ()");
+  // The same for many layers at once: entry i of every list belongs together, bias[j] to entry bias_of[j].
+  // (Not a Tensor?[]: torch's functionalization fails on a None in a list that is written.) At least one
+  // entry.
+  m.def(
+      "merge_kron_grouped_(Tensor(a!)[] weight, Tensor(b!)[] bias, int[] bias_of, Tensor[] scale, Tensor[] "
+      "down,"
+      " Tensor[] up, str[] side) -> ()");
+  m.def("merge_lora_grouped_(Tensor(a!)[] weight, Tensor[] lora_a, Tensor[] lora_b, Tensor[] coeff) -> ()");
 }

@@ -46,10 +46,6 @@ struct LoraMask {
   Tensor drawn;  // [num_experts], accumulate type; undefined where nobody asks. All 1 without draw.
 };
 
-struct LoraGrads {
-  Tensor a, b, coeff;
-};
-
 inline kernels::LoraShape lora_shape(const Tensor& x2d, const Tensor& weight, const Tensor& lora_a,
                                      int64_t expert_rank) {
   return {x2d.size(0),

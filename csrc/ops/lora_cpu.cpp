@@ -40,42 +40,25 @@ struct LoraCpu {
       operand.copy_(at::addmm(call.weight, scaled_b, live_a));
       return at::linear(call.x, operand, call.bias);
     }
-    operand.zero_();  // CUDA's packed factors: nothing here reads them
-    Tensor kept = code.narrow(1, 0, call.rank());
-    if (code.size(1) == call.rank()) {
-      at::mm_out(kept, call.x, call.lora_a.to(dtype).t());
-    } else {
-      code.zero_();
-      kept.copy_(at::mm(call.x, call.lora_a.to(dtype).t()));
-    }
-    const Tensor scaled = scale_columns(kept.to(acc), c).to(dtype);
-    const Tensor b = call.lora_b.to(dtype).masked_fill(c == 0, 0);  // 0 * inf would reach y
-    Tensor out = call.bias.has_value() ? at::addmm(*call.bias, scaled, b.t()) : at::mm(scaled, b.t());
-    return out.addmm_(call.x, call.weight.t());
+    // What CUDA's backward reads again. Here the term is added in one pass over chunks that stay in the
+    // cache, which computes the code anew in backward as well.
+    operand.zero_();
+    code.zero_();
+    const Tensor out = at::linear(call.x, call.weight, call.bias);
+    if (call.x.size(0) > 0) CpuBackend::lora_forward(call.x, {call.lora_a, call.lora_b, c}, out);
+    return out;
   }
 
-  static LoraGrads backward(const LoraCall& call, const LoraMask& mask, const Tensor& grad,
-                            const Tensor& code, const Tensor& operand, Tensor& grad_x) {
-    const auto dtype = call.x.scalar_type(), acc = accumulate_type(dtype), factor = call.lora_a.scalar_type();
-    const Tensor c = effective(call, mask), a = call.lora_a.to(acc), b = call.lora_b.to(acc);
-    const Tensor wide_x = call.x.to(acc), wide_grad = grad.to(acc);
-    const Tensor kept = call.folds ? at::mm(wide_x, a.t()) : code.narrow(1, 0, call.rank()).to(acc);
-    const Tensor grad_code = at::mm(wide_grad, b), scaled_grad = scale_columns(grad_code, c);
-    if (grad_x.defined() && call.folds) {
-      at::mm_out(grad_x, grad, operand);
-    } else if (grad_x.defined()) {
-      const Tensor live_a = call.lora_a.to(dtype).masked_fill((c == 0).unsqueeze(1), 0);
-      at::mm_out(grad_x, scaled_grad.to(dtype), live_a);
-      grad_x.addmm_(grad, call.weight);
-    }
-    // Masked rows are cleared after the products too: 0 * inf in an activation would leave NaN there.
-    const Tensor masked = c == 0;
-    Tensor per_row = (kept * grad_code).sum(0);
+  static LoraGrads backward(const LoraCall& call, const LoraMask& mask, const Tensor& grad, const Tensor&,
+                            const Tensor& operand, Tensor& grad_x) {
+    const Tensor c = effective(call, mask);
+    const Tensor side_grad_x = call.folds ? Tensor() : grad_x;
+    if (grad_x.defined()) at::mm_out(grad_x, grad, call.folds ? operand : call.weight);
+    LoraGrads grads = CpuBackend::lora_backward(call.x, grad, {call.lora_a, call.lora_b, c}, side_grad_x);
+    Tensor per_row = grads.coeff.to(c.scalar_type());
     if (call.expert_rank() > 1) per_row = per_row.view({-1, call.expert_rank()}).sum(1);
     if (mask.given.has_value()) per_row = scale_columns(per_row, *mask.given);
-    return {at::mm(scaled_grad.t(), wide_x).masked_fill_(masked.unsqueeze(1), 0).to(factor),
-            at::mm(wide_grad.t(), scale_columns(kept, c)).masked_fill_(masked, 0).to(factor),
-            per_row.to(factor)};
+    return {grads.a, grads.b, per_row.to(call.lora_a.scalar_type())};
   }
 };
 

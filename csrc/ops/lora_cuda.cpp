@@ -7,6 +7,7 @@
 
 #include "kernels/gemm.h"
 #include "ops/backend_cuda.h"
+#include "ops/cuda_call.h"
 #include "ops/lora.h"
 
 namespace alore::ops {
@@ -16,13 +17,6 @@ using kernels::Coefficients;
 using kernels::CudaContext;
 using kernels::LoraPath;
 using kernels::Op;
-
-CudaContext current_context() {
-  return {at::cuda::getCurrentCUDAStream().stream(), at::cuda::getCurrentCUDABlasHandle()};
-}
-
-const void* read(const Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; }
-void* write(const Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; }
 
 // The fused kernels load 16 bytes at a time; a view into the middle of a tensor may start elsewhere.
 Tensor aligned(const Tensor& t) {

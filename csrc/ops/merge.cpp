@@ -1,53 +1,53 @@
-// In-place merging, the same code on CPU and CUDA: products in float32 (float64 for float64), one rounding at
-// the end.
+// In-place merging: products in float32 (float64 for float64), one rounding at the end. What is here serves
+// every device; merge_cuda.cpp has the grouped launch.
+#include "ops/merge.h"
+
 #include <ATen/Context.h>
 
+#include "ops/backend.h"
 #include "ops/dispatch.h"
-#include "ops/ops.h"
 
 namespace alore::ops {
-namespace {
 
-at::ScalarType merge_type(const Tensor& weight, const Tensor& factor) {
-  return at::promote_types(accumulate_type(weight.scalar_type()), accumulate_type(factor.scalar_type()));
+void add_kron(MergeTargets& targets, const Tensor& weight, const OptTensor& bias, const Tensor& scale,
+              const Tensor& down, const Tensor& up, std::string_view side) {
+  const auto add = [&](const Tensor& tokens, bool transposed) {
+    if (tokens.numel() > 0) {
+      targets.push_back({MergeTarget::Map::kKron, tokens, scale, down, up, transposed});
+    }
+  };
+  if (side == "before") return add(weight, true);
+  add(weight.t(), false);
+  if (bias.has_value() && bias->defined()) add(bias->unsqueeze(0), false);
 }
 
-void merge_kron_(const Tensor& weight, const OptTensor& bias, const Tensor& scale, const Tensor& down,
-                 const Tensor& up, std::string_view side) {
-  check_merge_kron(weight, bias, scale, down, up, side);
+void add_lora(MergeTargets& targets, const Tensor& weight, const Tensor& lora_a, const Tensor& lora_b,
+              const Tensor& coeff) {
+  targets.push_back({MergeTarget::Map::kLowRank, weight, coeff, lora_b, lora_a});
+}
+
+at::ScalarType merge_type(const Tensor& target, const Tensor& factor) {
+  return at::promote_types(accumulate_type(target.scalar_type()), accumulate_type(factor.scalar_type()));
+}
+
+void compose_merge(const MergeTarget& t) {
   const at::NoTF32Guard exact;
   const NoAutocast no_autocast;
-  const auto acc = merge_type(weight, scale);
-  const Tensor w = weight.to(acc), s = scale.to(acc), d = down.to(acc), u = up.to(acc);
-  if (side == "before") {
-    // W (I + W')^T: a row of W is a token of the transposed map, whose factors are S^T, U^T, D^T.
-    weight.copy_(w + kron_linear_op().call(w, s.transpose(1, 2), u.transpose(1, 2), d.transpose(1, 2)));
-    return;
-  }
-  // (I + W')^T W: a column of W is a token of the map itself, and so is the bias.
-  const Tensor columns = w.t().contiguous();
-  weight.copy_((columns + kron_linear_op().call(columns, s, d, u)).t());
-  if (bias.has_value() && bias->defined()) {
-    const auto wide = merge_type(*bias, scale);
-    const Tensor b = bias->to(wide);
-    bias->copy_(b +
-                kron_linear_op().call(b.unsqueeze(0), scale.to(wide), down.to(wide), up.to(wide)).squeeze(0));
+  const auto acc = merge_type(t.tokens, t.first);
+  const Tensor tokens = t.tokens.to(acc), first = t.first.to(acc), second = t.second.to(acc),
+               third = t.third.to(acc);
+  if (t.map == MergeTarget::Map::kLowRank) {
+    t.tokens.copy_(at::addmm(tokens, second * first, third));
+  } else if (t.transposed) {
+    t.tokens.copy_(tokens + kron_linear_op().call(tokens, first.transpose(1, 2), third.transpose(1, 2),
+                                                  second.transpose(1, 2)));
+  } else {
+    t.tokens.copy_(tokens + kron_linear_op().call(tokens, first, second, third));
   }
 }
 
-void merge_lora_(const Tensor& weight, const Tensor& lora_a, const Tensor& lora_b, const Tensor& coeff) {
-  check_merge_lora(weight, lora_a, lora_b, coeff);
-  const at::NoTF32Guard exact;
-  const NoAutocast no_autocast;
-  const auto acc = merge_type(weight, lora_a);
-  weight.copy_(at::addmm(weight.to(acc), lora_b.to(acc) * coeff.to(acc), lora_a.to(acc)));
-}
-
-}  // namespace
-
-void register_merges(torch::Library& m) {
-  m.impl("merge_kron_", merge_kron_);
-  m.impl("merge_lora_", merge_lora_);
+void compose_merges(const MergeTargets& targets) {
+  for (const MergeTarget& target : targets) compose_merge(target);
 }
 
 }  // namespace alore::ops

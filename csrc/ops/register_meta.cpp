@@ -1,5 +1,6 @@
 // Shapes and dtypes without data, for FakeTensor, torch.compile and torch.export. The checks are the real
 // kernels' own.
+#include "ops/merge.h"
 #include "ops/ops.h"
 
 namespace alore::ops {
@@ -45,32 +46,51 @@ Grads4 alore_backward_meta(const Tensor& grad_out, const Tensor& x, const Tensor
   return {grad_like(mask[0], x), grad_like(mask[1], scale), grad_like(mask[2], down), grad_like(mask[3], up)};
 }
 
+T4 norm_forward_meta(const char* op, const Tensor& x, const OptTensor& residual, const OptTensor& weight,
+                     const OptTensor& bias, double eps, const Tensor& scale, const Tensor& down, const Tensor& up,
+                     const OptTensor& seed, double dropout_p, std::optional<at::ScalarType> out_dtype) {
+  check_norm_forward(op, x, residual, weight, bias, eps, scale, down, up, seed, dropout_p, out_dtype);
+  const auto leading = x.sym_sizes().slice(0, x.dim() - 1);
+  const auto acc = accumulate_type(x.scalar_type());
+  return {empty(x.sym_sizes(), x, out_dtype.value_or(x.scalar_type())), grad_like(residual.has_value(), x),
+          empty(leading, x, acc), empty(leading, x, acc)};
+}
+
 std::tuple<Tensor, Tensor, Tensor> layer_norm_alore_meta(const Tensor& x, const OptTensor& weight,
                                                          const OptTensor& bias, double eps,
                                                          const Tensor& scale, const Tensor& down,
                                                          const Tensor& up, const OptTensor& seed,
                                                          double dropout_p,
                                                          std::optional<at::ScalarType> out_dtype) {
-  check_kron("layer_norm_alore", x, scale, down, up, Width::kResidual);
-  check_layer_norm("layer_norm_alore", x, weight, bias, eps, out_dtype);
-  check_dropout("layer_norm_alore", x, seed, dropout_p);
-  const auto leading = x.sym_sizes().slice(0, x.dim() - 1);
-  const auto acc = accumulate_type(x.scalar_type());
-  return {empty(x.sym_sizes(), x, out_dtype.value_or(x.scalar_type())), empty(leading, x, acc),
-          empty(leading, x, acc)};
+  auto [out, sum, mean, rstd] = norm_forward_meta("layer_norm_alore", x, std::nullopt, weight, bias, eps, scale,
+                                                  down, up, seed, dropout_p, out_dtype);
+  return {out, mean, rstd};
+}
+
+T4 add_layer_norm_alore_meta(const Tensor& x, const Tensor& residual, const OptTensor& weight, const OptTensor& bias,
+                             double eps, const Tensor& scale, const Tensor& down, const Tensor& up,
+                             const OptTensor& seed, double dropout_p, std::optional<at::ScalarType> out_dtype) {
+  return norm_forward_meta("add_layer_norm_alore", x, residual, weight, bias, eps, scale, down, up, seed, dropout_p,
+                           out_dtype);
 }
 
 Grads6 layer_norm_alore_backward_meta(const Tensor& grad_out, const Tensor& x, const OptTensor& weight,
                                       const OptTensor& bias, const Tensor& mean, const Tensor& rstd,
                                       const Tensor& scale, const Tensor& down, const Tensor& up,
-                                      const OptTensor& seed, double dropout_p, std::array<bool, 6> mask) {
-  check_kron("layer_norm_alore_backward", x, scale, down, up, Width::kResidual);
-  check_layer_norm("layer_norm_alore_backward", x, weight, bias, 0.0, std::nullopt);
-  check_statistics("layer_norm_alore_backward", x, mean, rstd);
-  check_dropout("layer_norm_alore_backward", x, seed, dropout_p);
-  check_norm_grad("layer_norm_alore_backward", grad_out, x);
+                                      const OptTensor& seed, double dropout_p, std::array<bool, 6> mask,
+                                      const OptTensor& grad_sum) {
+  check_norm_backward(grad_out, x, weight, bias, mean, rstd, scale, down, up, seed, dropout_p, grad_sum);
   return {grad_like(mask[0], x),     grad_like(mask[1], weight), grad_like(mask[2], bias),
           grad_like(mask[3], scale), grad_like(mask[4], down),   grad_like(mask[5], up)};
+}
+
+void merge_kron_meta(const Tensor& weight, const OptTensor& bias, const Tensor& scale, const Tensor& down,
+                     const Tensor& up, std::string_view side) {
+  check_merge_kron("merge_kron_", weight, bias, scale, down, up, side);
+}
+
+void merge_lora_meta(const Tensor& weight, const Tensor& lora_a, const Tensor& lora_b, const Tensor& coeff) {
+  check_merge_lora("merge_lora_", weight, lora_a, lora_b, coeff);
 }
 
 }  // namespace
@@ -83,7 +103,10 @@ TORCH_LIBRARY_IMPL(alore_ext, Meta, m) {
   m.impl("alore", alore_meta);
   m.impl("alore_backward", alore_backward_meta);
   m.impl("layer_norm_alore", layer_norm_alore_meta);
+  m.impl("add_layer_norm_alore", add_layer_norm_alore_meta);
   m.impl("layer_norm_alore_backward", layer_norm_alore_backward_meta);
-  m.impl("merge_kron_", check_merge_kron);
-  m.impl("merge_lora_", check_merge_lora);
+  m.impl("merge_kron_", merge_kron_meta);
+  m.impl("merge_lora_", merge_lora_meta);
+  m.impl("merge_kron_grouped_", check_merge_kron_grouped);
+  m.impl("merge_lora_grouped_", check_merge_lora_grouped);
 }

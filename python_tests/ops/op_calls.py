@@ -124,6 +124,20 @@ def merge_calls(device="cpu", dtype=torch.float64, factor_dtype=None):
         "merge_kron_-after": (namespace.merge_kron_, [weight.clone(), bias.clone(), *factors, "after"]),
         "merge_kron_-no-bias": (namespace.merge_kron_, [weight.clone(), None, *factors, "after"]),
         "merge_lora_": (namespace.merge_lora_, [weight.clone(), *low_rank]),
+        "merge_kron_grouped_": (
+            namespace.merge_kron_grouped_,
+            [
+                [weight.clone() for _ in range(3)],
+                [bias.clone(), bias.clone()],
+                [0, 2],
+                *([factor] * 3 for factor in factors),
+                ["before", "after", "after"],
+            ],
+        ),
+        "merge_lora_grouped_": (
+            namespace.merge_lora_grouped_,
+            [[weight.clone(), weight.clone()], *([factor] * 2 for factor in low_rank)],
+        ),
     }
 
 

@@ -75,7 +75,12 @@ def test_gradcheck(call, device):
 
 
 def test_merges_return_nothing_and_declare_what_they_write():
-    for op, written in ((namespace.merge_kron_, ["weight", "bias"]), (namespace.merge_lora_, ["weight"])):
+    for op, written in (
+        (namespace.merge_kron_, ["weight", "bias"]),
+        (namespace.merge_lora_, ["weight"]),
+        (namespace.merge_kron_grouped_, ["weight", "bias"]),
+        (namespace.merge_lora_grouped_, ["weight"]),
+    ):
         schema = op.default._schema
         assert list(schema.returns) == []
         assert [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write] == written

@@ -1,0 +1,85 @@
+"""A model's merges gathered into few calls, in an order that gives what one merge after the other would give."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from alore_ext import ops
+
+
+@dataclass(frozen=True, eq=False)
+class KronMerge:
+    """One `ops.merge_kron_`. `bias` is None where the merge leaves it as it is."""
+
+    weight: Tensor
+    bias: Tensor | None
+    scale: Tensor
+    down: Tensor
+    up: Tensor
+    side: str
+
+    def written(self) -> list[Tensor]:
+        """The tensors that the merge changes."""
+        return [self.weight] if self.bias is None else [self.weight, self.bias]
+
+
+@dataclass(frozen=True, eq=False)
+class LoraMerge:
+    """One `ops.merge_lora_`."""
+
+    weight: Tensor
+    lora_a: Tensor
+    lora_b: Tensor
+    coeff: Tensor
+
+    def written(self) -> list[Tensor]:
+        """The tensors that the merge changes."""
+        return [self.weight]
+
+
+Merge = KronMerge | LoraMerge
+
+
+def run_merges_(merges: Iterable[Merge]) -> None:
+    """Run all merges in place: one grouped call a method and device, more only where a weight takes several merges."""
+    for group in _rounds(merges):
+        for device in dict.fromkeys(merge.weight.device for merge in group):
+            here = [merge for merge in group if merge.weight.device == device]
+            kron = [merge for merge in here if isinstance(merge, KronMerge)]
+            lora = [merge for merge in here if isinstance(merge, LoraMerge)]
+            ops.merge_kron_grouped_(*_columns(kron, ("weight", "bias", "scale", "down", "up", "side")))
+            ops.merge_lora_grouped_(*_columns(lora, ("weight", "lora_a", "lora_b", "coeff")))
+
+
+def _columns(merges: list[Merge], fields: tuple[str, ...]) -> Iterator[list]:
+    return ([getattr(merge, field) for merge in merges] for field in fields)
+
+
+def _rounds(merges: Iterable[Merge]) -> list[list[Merge]]:
+    """Merges that write the same memory go into successive rounds, in their order; all others into the first."""
+    rounds: list[list[Merge]] = []
+    # For each storage, the byte ranges that earlier merges write, and the first round that comes after them.
+    after: dict[tuple, list[tuple[int, int, int]]] = {}
+    for merge in merges:
+        ranges = [_byte_range(tensor) for tensor in merge.written()]
+        index = max(
+            (free for key, begin, end in ranges for b, e, free in after.get(key, ()) if b < end and begin < e),
+            default=0,
+        )
+        for key, begin, end in ranges:
+            after.setdefault(key, []).append((begin, end, index + 1))
+        if index == len(rounds):
+            rounds.append([])
+        rounds[index].append(merge)
+    return rounds
+
+
+def _byte_range(tensor: Tensor) -> tuple[tuple, int, int]:
+    """Its storage, and the bytes in it from the first element to the last."""
+    item = tensor.element_size()
+    begin = tensor.storage_offset() * item
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (tensor.device, tensor.untyped_storage().data_ptr()), begin, begin + (last + 1) * item

@@ -1,0 +1,59 @@
+"""Which layers of a model the methods work on: one answer for this library, plain PyTorch and PEFT."""
+
+from dataclasses import dataclass
+
+import alore_ext as ae
+from alore_ext.patching.registry import find_structure, get_family
+
+from .by_hand import families_by_hand
+
+
+@dataclass(frozen=True)
+class Places:
+    """Names of layers.
+
+    Attributes:
+        first_block: the floor asks for the gradient of its input, so that backward runs through every block.
+        alore: (layer, width) of each ALoRE adapter, which stands behind that layer.
+        mlae: the linears that MLAE adapts.
+        lokr: last names of the linears that ALoRE acts on ("qkv", "fc1"): LoKr's targets.
+        lora: the same for LoRA; in a ViT those of MLAE ("qkv"), as is the habit there.
+        head: the classifier.
+    """
+
+    first_block: str
+    alore: tuple[tuple[str, int], ...]
+    mlae: tuple[str, ...]
+    lokr: tuple[str, ...]
+    lora: tuple[str, ...]
+    head: str
+
+
+def find_places(model) -> Places:
+    """The family's default places. Raises ValueError for a model that can be patched neither way."""
+    with families_by_hand():
+        structure = find_structure(model)
+        family = get_family(structure.family)
+    alore = [block.alore[location] for block in structure.blocks for location in family.default_locations]
+    mlae = [site for block in structure.blocks for target in family.default_targets for site in block.mlae[target]]
+    lokr = last_names(linear for site in alore if site.side == "before" for linear in site.linears)
+    classifier = model.get_classifier()
+    return Places(
+        first_block=structure.blocks[0].name,
+        alore=tuple((site.module, site.width) for site in alore),
+        mlae=tuple(site.module for site in mlae),
+        lokr=lokr,
+        lora=last_names(site.module for site in mlae) if structure.family == "vit" else lokr,
+        head=next(name for name, module in model.named_modules() if module is classifier),
+    )
+
+
+def last_names(names) -> tuple[str, ...]:
+    """Each last part of a dotted name, once."""
+    return tuple(dict.fromkeys(name.rpartition(".")[2] for name in names))
+
+
+def patch(model, config):
+    """`ae.patch`, for the families written by hand as well."""
+    with families_by_hand():
+        return ae.patch(model, config)

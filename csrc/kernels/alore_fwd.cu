@@ -1,0 +1,506 @@
+// Forward of the fused ALoRE adapter: each row is read once into registers and written once.
+//
+// A team of `warps_per_tile` warps takes a tile of 16 tokens. Columns are dealt out in groups of 32 (alore_tile.cuh),
+// consecutive groups to a warp. Partial codes meet in shared memory: warp v's share of block a's code is slot v + a,
+// which is distinct for every pair that occurs, since a block that two warps share is the last of the one and the
+// first of the other.
+#include "kernels/alore.h"
+#include "kernels/alore_tile.cuh"
+
+namespace alore::kernels {
+namespace {
+
+constexpr int kFastBlocks = 4;      // num_blocks of the fast paths
+constexpr float kMaxShift = 16.0f;  // mean^2 over variance up to which uncentred sums lose at most 4 bits
+
+template <typename In, typename Out>
+struct ForwardParams {
+  int64_t num_tokens;
+  AdapterDims dims;
+  ForwardLayout layout;
+  FactorSource factors;
+  int warps_per_tile;
+  bool norm, add_base;
+  const In *x, *residual;
+  const void *weight, *bias;
+  DType affine;
+  float eps;
+  Out* out;
+  In* sum;
+  float *mean, *rstd;
+  DropoutMask dropout;
+};
+
+// Warps of one tile wait for each other, not for the block.
+__device__ __forceinline__ void team_sync(int team, int warps) {
+  if (warps == 1) {
+    __syncwarp();
+  } else {
+    asm volatile("bar.sync %0, %1;" ::"r"(team + 1), "r"(warps * 32) : "memory");
+  }
+}
+
+// Mean and reciprocal standard deviation of a row from every warp's own mean and squares around it (Chan's update:
+// no second pass over the row, and no cancellation where the mean is large). The row's four lanes share the warps.
+__device__ __forceinline__ RowNorm combine_statistics(const float2* partial, const float* columns, int warps, int row,
+                                                     int c, float total, float eps) {
+  float2 own[2]{};
+  float weight[2]{}, mean = 0.0f;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int v = c + i * 4;
+    if (v >= warps) continue;
+    own[i] = partial[v * kTileRows + row];
+    weight[i] = columns[v];
+    mean += weight[i] * own[i].x;
+  }
+  mean = row_sum(mean) / total;
+  float squares = 0.0f;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) squares += own[i].y + weight[i] * (own[i].x - mean) * (own[i].x - mean);
+  return {mean, 1.0f / sqrtf(row_sum(squares) / total + eps)};
+}
+
+// Makes the compiler unpack the rows again at their next use: kept in fp32 between passes they would not fit the
+// registers. Costs nothing at run time.
+template <typename In, int kGroups>
+__device__ __forceinline__ void forget_unpacked(Raw8<In> (&raw)[kGroups][2]) {
+  if constexpr (!std::is_same_v<In, float>) {
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        uint4& q = raw[i][r].q;
+        asm volatile("" : "+r"(q.x), "+r"(q.y), "+r"(q.z), "+r"(q.w));
+      }
+    }
+  }
+}
+
+// Walks a warp's groups: which block each lies in and which of the block's groups it is. kEven: blocks are whole
+// groups and every warp has its full count, so that columns follow each other without a gap and all are real.
+template <bool kEven>
+struct GroupWalk {
+  int block, local, per_block, column;
+  __device__ GroupWalk(int first, int groups_per_block, int c)
+      : block(first / groups_per_block),
+        local(first % groups_per_block),
+        per_block(groups_per_block),
+        column(first * kGroupColumns + c * 8) {}
+  // From the first group again. The compiler must not know that: it would keep every group's addresses in registers
+  // from tile to tile, and spill the rows instead.
+  __device__ void restart(const GroupWalk& first) {
+    *this = first;
+    asm volatile("" : "+r"(block), "+r"(local), "+r"(column));
+  }
+  __device__ void next() {
+    if (++local == per_block) local = 0, ++block;
+    column += kGroupColumns;
+  }
+  __device__ bool live(const AdapterDims& d) const { return kEven || block < d.num_blocks; }
+  // Of this lane's eight columns: their place in the block and in the row, and whether they exist.
+  __device__ int in_block(int c) const { return local * kGroupColumns + c * 8; }
+  __device__ int in_row(const AdapterDims& d, int c) const { return kEven ? column : block * d.block_dim + in_block(c); }
+  __device__ bool inside(const AdapterDims& d, int c) const {
+    return kEven || (live(d) && in_block(c) < d.block_dim);
+  }
+};
+
+// row += residual, rounded as a sum of its own would be, and kept.
+template <typename In>
+__device__ __forceinline__ void add_residual(Raw8<In>& row, const In* residual, In* sum) {
+  Raw8<In> other;
+  other.load(residual);
+  Eight s = row.floats();
+  const Eight o = other.floats();
+#pragma unroll
+  for (int j = 0; j < 8; ++j) s.v[j] += o.v[j];
+  row.set(s);
+  row.store(sum);
+}
+
+// Mean of rows g and g + 8 over this warp's columns and the sum of squares around it, in all lanes of the row.
+struct RowMoments {
+  float mean0, mean1, squares0, squares1;
+};
+
+// The exact way: a second pass over the rows, centred.
+template <typename In, int kGroups, bool kEven>
+__device__ __forceinline__ void centred_squares(const Raw8<In> (&raw)[kGroups][2], RowMoments& m,
+                                                const GroupWalk<kEven>& first, const AdapterDims& d, int c) {
+  m.squares0 = m.squares1 = 0.0f;
+  GroupWalk<kEven> walk = first;
+  walk.restart(first);
+#pragma unroll
+  for (int i = 0; i < kGroups; ++i, walk.next()) {
+    const Eight a = raw[i][0].floats(), b = raw[i][1].floats();
+    const float inside = walk.inside(d, c) ? 1.0f : 0.0f;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const float u = (a.v[j] - m.mean0) * inside, w = (b.v[j] - m.mean1) * inside;
+      m.squares0 += u * u;
+      m.squares1 += w * w;
+    }
+  }
+  m.squares0 = row_sum(m.squares0);
+  m.squares1 = row_sum(m.squares1);
+}
+
+// For 16-bit rows both sums are products that the tensor cores take: with ones, and with the rows themselves, whose
+// diagonal is the sum of squares. That sum is not centred: where the mean outweighs the spread enough to cost
+// precision, the warp goes over the rows again.
+template <typename In, int kGroups, bool kEven>
+__device__ __forceinline__ RowMoments row_moments(Raw8<In> (&raw)[kGroups][2], float columns,
+                                                  const GroupWalk<kEven>& first, const AdapterDims& d, int c) {
+  RowMoments m;
+  const float share = 1.0f / columns;
+  if constexpr (std::is_same_v<In, float>) {
+    float sum0 = 0.0f, sum1 = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i) {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        sum0 += raw[i][0].e.v[j];
+        sum1 += raw[i][1].e.v[j];
+      }
+    }
+    m.mean0 = row_sum(sum0) * share;
+    m.mean1 = row_sum(sum1) * share;
+    centred_squares(raw, m, first, d, c);
+  } else {
+    const uint32_t ones = pack2<In>(1.0f, 1.0f);
+    float sum[4] = {}, gram0[4] = {}, gram1[4] = {};
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i) {
+      const uint4 &a = raw[i][0].q, &b = raw[i][1].q;
+      const uint32_t low[4] = {a.x, b.x, a.y, b.y}, high[4] = {a.z, b.z, a.w, b.w};
+      mma<In>(sum, low, ones, ones);
+      mma<In>(gram0, low, a.x, a.y);
+      mma<In>(gram1, low, b.x, b.y);
+      mma<In>(sum, high, ones, ones);
+      mma<In>(gram0, high, a.z, a.w);
+      mma<In>(gram1, high, b.z, b.w);
+    }
+    m.mean0 = sum[0] * share;
+    m.mean1 = sum[2] * share;
+    // Row g's entry of the diagonal is with lane g / 2 of its four.
+    const int lane = threadIdx.x % 32, g = lane / 4, from = (lane & ~3) | g / 2;
+    const float diagonal0 = __shfl_sync(0xffffffffu, g % 2 ? gram0[1] : gram0[0], from);
+    const float diagonal1 = __shfl_sync(0xffffffffu, g % 2 ? gram1[3] : gram1[2], from);
+    const float shift0 = columns * m.mean0 * m.mean0, shift1 = columns * m.mean1 * m.mean1;
+    m.squares0 = fmaxf(diagonal0 - shift0, 0.0f);
+    m.squares1 = fmaxf(diagonal1 - shift1, 0.0f);
+    const bool precise = shift0 <= kMaxShift * m.squares0 && shift1 <= kMaxShift * m.squares1;
+    if (!__all_sync(0xffffffffu, precise)) centred_squares(raw, m, first, d, c);
+    forget_unpacked(raw);
+  }
+  return m;
+}
+
+// Out where the branch is dropped in part, or stands alone.
+template <typename In, typename Out>
+__device__ __forceinline__ void store_branch(const ForwardParams<In, Out>& p, int64_t at, Eight y, uint4 base) {
+  if (p.dropout.seed != nullptr) {
+    const Eight mask = p.dropout.at(at);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) y.v[j] = mask.v[j] > 0 ? y.v[j] * mask.v[j] : 0.0f;
+  }
+  if (p.add_base) {
+    const Eight x = unpack8<Out>(base);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) y.v[j] += x.v[j];
+  }
+  *reinterpret_cast<uint4*>(p.out + at) = pack8<Out>(y);
+}
+
+// What a kernel is compiled for. The two fast paths fix at compile time what training a backbone asks for: blocks of
+// whole groups, four of them, one code tile, no dropout and no residual input. kGeneral asks at run time.
+enum class Path { kNorm, kBare, kGeneral };
+
+template <typename In, typename Out, int kGroups, Path kPath>
+__global__ void __launch_bounds__(kGroups == 8 ? 192 : 256, std::is_same_v<In, float> ? 1 : 2)
+    alore_forward_kernel(const __grid_constant__ ForwardParams<In, Out> p) {
+  extern __shared__ __align__(128) unsigned char shared[];
+  __shared__ float columns[8];  // of each warp of a tile
+  constexpr bool kFast = kPath != Path::kGeneral;
+  const AdapterDims& d = p.dims;
+  const bool norm = kFast ? kPath == Path::kNorm : p.norm;
+  const int num_blocks = kFast ? kFastBlocks : d.num_blocks, code_tiles = kFast ? 1 : d.code_tiles;
+  const int padded = kFast ? kCodeTile : d.padded_width, code_stride = kFast ? kCodeTile + 8 : d.code_stride;
+  const int warps = p.warps_per_tile, teams = blockDim.x / 32 / warps;
+  const int lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
+  const int team = threadIdx.x / 32 / warps, v = threadIdx.x / 32 % warps;
+  const int per_block = d.groups_per_block, image_stride = d.image_stride, dim = d.embed_dim, chunks = d.chunks;
+  const GroupWalk<kFast> first(v * kGroups, per_block, c);
+  GroupWalk<kFast> walk = first;
+
+  const ForwardLayout& layout = p.layout;
+  unsigned char* own = shared + layout.teams + team * layout.team_bytes;
+  auto* statistics = reinterpret_cast<float2*>(own + layout.statistics);  // [warps, 16]
+  auto* code = reinterpret_cast<float*>(own + layout.code);               // [slots, 16, padded]
+  auto* mixed = reinterpret_cast<Out*>(own + layout.mixed);               // [num_blocks, 16, code_stride]
+
+  // The next tile's rows come in while this one is worked on. A thread copies just what it will itself read, so that
+  // waiting for its own copies is enough.
+  constexpr int kPieces = sizeof(In) / 2;  // of 16 bytes
+  unsigned char* stage = own + layout.stage + (v * 32 + lane) * 16;
+  const int piece_bytes = warps * 512;
+  const int64_t step = int64_t{gridDim.x} * teams, last_row = p.num_tokens - 1;
+  const int64_t tiles = (p.num_tokens + kTileRows - 1) / kTileRows;
+  const auto prefetch = [&](int64_t tile) {
+    if (tile < tiles) {  // rows past the end are read as the last one, and never written
+      const In* from0 = p.x + min(tile * kTileRows + g, last_row) * dim;
+      const In* from1 = p.x + min(tile * kTileRows + g + 8, last_row) * dim;
+      walk.restart(first);
+#pragma unroll
+      for (int i = 0; i < kGroups; ++i, walk.next()) {
+        const int column = walk.inside(d, c) ? walk.in_row(d, c) : 0;
+#pragma unroll
+        for (int k = 0; k < kPieces; ++k) {
+          copy_async_16(stage + (i * 2 * kPieces + k) * piece_bytes, from0 + column + k * (16 / sizeof(In)), true);
+          copy_async_16(stage + ((i * 2 + 1) * kPieces + k) * piece_bytes, from1 + column + k * (16 / sizeof(In)),
+                        true);
+        }
+      }
+    }
+    copy_async_commit();
+  };
+  int64_t tile = blockIdx.x * int64_t{teams} + team;
+  prefetch(tile);
+
+  auto* down = reinterpret_cast<Out*>(shared + layout.down);
+  auto* up = reinterpret_cast<Out*>(shared + layout.up);
+  auto* mixing = reinterpret_cast<float*>(shared + layout.mixing);
+  auto* weight = reinterpret_cast<float*>(shared + layout.weight);
+  auto* bias = reinterpret_cast<float*>(shared + layout.bias);
+  fill_zero(shared, layout.weight);
+  __syncthreads();
+  const int factor_size = d.width * d.block_dim;
+  const DownPlace down_place(d, p.factors.rank);
+  const UpPlace up_place(d);
+  scatter(p.factors.down, p.factors.type, factor_size,
+          [&](int i, float value) { down[code_image_at(d, down_place(i))] = convert<Out>(value); });
+  scatter(p.factors.up, p.factors.type, factor_size,
+          [&](int i, float value) { up[output_image_at(d, up_place(i))] = convert<Out>(value); });
+  fill_mixing(mixing, d, p.factors);
+  if (norm) {
+    fill_affine(weight, p.weight, p.affine, dim, 1.0f);
+    fill_affine(bias, p.bias, p.affine, dim, 0.0f);
+  }
+  if (threadIdx.x < warps) {
+    int count = 0;
+    GroupWalk<kFast> groups(threadIdx.x * kGroups, per_block, 0);
+#pragma unroll 1
+    for (int i = 0; i < kGroups && groups.live(d); ++i, groups.next()) {
+      count += min(kGroupColumns, d.block_dim - groups.local * kGroupColumns);
+    }
+    columns[threadIdx.x] = static_cast<float>(count);
+  }
+  __syncthreads();
+
+#pragma unroll 1
+  for (; tile < tiles; tile += step) {
+    const int64_t row0 = tile * kTileRows + g, row1 = row0 + 8, at0 = row0 * dim, at1 = row1 * dim;
+    const bool live0 = row0 < p.num_tokens, live1 = row1 < p.num_tokens;
+
+    Raw8<In> raw[kGroups][2];
+    copy_async_wait<0>();
+    walk.restart(first);
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i, walk.next()) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        raw[i][r].read_pieces(stage + (i * 2 + r) * kPieces * piece_bytes, piece_bytes);
+        if (!walk.inside(d, c)) raw[i][r].zero();
+      }
+    }
+    if (!kFast && p.residual != nullptr) {
+      walk.restart(first);
+#pragma unroll
+      for (int i = 0; i < kGroups; ++i, walk.next()) {
+        const int column = walk.in_row(d, c);
+        if (walk.inside(d, c) && live0) add_residual(raw[i][0], p.residual + at0 + column, p.sum + at0 + column);
+        if (walk.inside(d, c) && live1) add_residual(raw[i][1], p.residual + at1 + column, p.sum + at1 + column);
+      }
+    }
+
+    uint4 base[kGroups][2];  // the normalised rows, rounded to the output's type as a norm of its own would
+    if (norm) {
+      const RowMoments moments = row_moments(raw, columns[v], first, d, c);
+      prefetch(tile + step);
+      if (c == 0) {
+        statistics[v * kTileRows + g] = {moments.mean0, moments.squares0};
+        statistics[v * kTileRows + g + 8] = {moments.mean1, moments.squares1};
+      }
+      team_sync(team, warps);
+      const RowNorm s0 = combine_statistics(statistics, columns, warps, g, c, static_cast<float>(dim), p.eps);
+      const RowNorm s1 = combine_statistics(statistics, columns, warps, g + 8, c, static_cast<float>(dim), p.eps);
+      if (v == 0 && c == 0) {
+        if (live0) p.mean[row0] = s0.mean, p.rstd[row0] = s0.rstd;
+        if (live1) p.mean[row1] = s1.mean, p.rstd[row1] = s1.rstd;
+      }
+      walk.restart(first);
+#pragma unroll
+      for (int i = 0; i < kGroups; ++i, walk.next()) {
+        const int column = walk.inside(d, c) ? walk.in_row(d, c) : 0;
+        const Eight w = shared8(weight + column), b = shared8(bias + column);
+        base[i][0] = pack8<Out>(affine(normalised(raw[i][0].floats(), s0), w, b));
+        base[i][1] = pack8<Out>(affine(normalised(raw[i][1].floats(), s1), w, b));
+        if (!walk.inside(d, c)) base[i][0] = base[i][1] = {0, 0, 0, 0};
+      }
+    } else if constexpr (std::is_same_v<In, Out>) {
+#pragma unroll
+      for (int i = 0; i < kGroups; ++i) {
+        base[i][0] = raw[i][0].q;
+        base[i][1] = raw[i][1].q;
+      }
+    }
+
+    // Z: each warp's share of its blocks' codes.
+#pragma unroll 1
+    for (int t = 0; t < code_tiles; ++t) {
+      float acc[2][4] = {};
+      walk.restart(first);
+#pragma unroll
+      for (int i = 0; i < kGroups; ++i, walk.next()) {
+        if (!walk.live(d)) break;
+        accumulate_code<Out>(acc, base[i][0], base[i][1], down, image_stride, t, walk.in_block(c), g);
+        if (i == kGroups - 1 || walk.local == per_block - 1) {
+          float* slot = code + ((v + walk.block) * kTileRows + g) * padded + t * kCodeTile + 2 * c;
+#pragma unroll
+          for (int n = 0; n < 2; ++n) {
+            *reinterpret_cast<float2*>(slot + n * 8) = {acc[n][0], acc[n][1]};
+            *reinterpret_cast<float2*>(slot + 8 * padded + n * 8) = {acc[n][2], acc[n][3]};
+            acc[n][0] = acc[n][1] = acc[n][2] = acc[n][3] = 0.0f;
+          }
+        }
+      }
+    }
+    if (!norm) prefetch(tile + step);
+    team_sync(team, warps);
+
+    // H: mixing over blocks, four code columns a thread.
+#pragma unroll 1
+    for (int i = v * 32 + lane; i < num_blocks * code_tiles * kTileRows * 4; i += warps * 32) {
+      const int row = i / 4 % kTileRows, rest = i / (4 * kTileRows);  // = block * code_tiles + code tile
+      const int b = code_tiles == 1 ? rest : rest / code_tiles;
+      const int w = (rest - b * code_tiles) * kCodeTile + i % 4 * 4;
+      float4 h{};
+#pragma unroll(kFast ? kFastBlocks : 1)
+      for (int a = 0; a < num_blocks; ++a) {
+        const int from = a * per_block / kGroups, to = ((a + 1) * per_block - 1) / kGroups;
+        float4 z = *reinterpret_cast<const float4*>(code + ((from + a) * kTileRows + row) * padded + w);
+#pragma unroll 1
+        for (int u = from + 1; u <= to; ++u) {
+          const float4 more = *reinterpret_cast<const float4*>(code + ((u + a) * kTileRows + row) * padded + w);
+          z.x += more.x, z.y += more.y, z.z += more.z, z.w += more.w;
+        }
+        const float4 s = *reinterpret_cast<const float4*>(mixing + (a * num_blocks + b) * padded + w);
+        h.x += s.x * z.x, h.y += s.y * z.y, h.z += s.z * z.z, h.w += s.w * z.w;
+      }
+      *reinterpret_cast<uint2*>(mixed + (b * kTileRows + row) * code_stride + w) = {pack2<Out>(h.x, h.y),
+                                                                                     pack2<Out>(h.z, h.w)};
+    }
+    team_sync(team, warps);
+
+    // Y, onto the base.
+    const bool plain = kPath == Path::kNorm || (p.add_base && p.dropout.seed == nullptr);
+    Out *to0 = p.out + at0, *to1 = p.out + at1;
+    walk.restart(first);
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i, walk.next()) {
+      if (!walk.live(d)) break;
+      float acc[4][4] = {};
+      if (plain) {
+        set_output_row(acc, 0, unpack8<Out>(base[i][0]));
+        set_output_row(acc, 1, unpack8<Out>(base[i][1]));
+      }
+#pragma unroll 1
+      for (int t = 0; t < code_tiles; ++t) {
+        uint32_t h[4];
+        load_a(h, mixed + walk.block * kTileRows * code_stride + t * kCodeTile, code_stride, lane);
+        accumulate_output<Out>(acc, h, up, chunks, t, walk.local * 4, g, c);
+      }
+      const int column = walk.in_row(d, c);
+      if (!kFast && !plain) {
+        if (walk.inside(d, c) && live0) store_branch(p, at0 + column, output_row(acc, 0), base[i][0]);
+        if (walk.inside(d, c) && live1) store_branch(p, at1 + column, output_row(acc, 1), base[i][1]);
+      } else {
+        if (walk.inside(d, c) && live0) *reinterpret_cast<uint4*>(to0 + column) = pack8<Out>(output_row(acc, 0));
+        if (walk.inside(d, c) && live1) *reinterpret_cast<uint4*>(to1 + column) = pack8<Out>(output_row(acc, 1));
+      }
+    }
+  }
+  copy_async_wait<0>();
+}
+
+template <typename In, typename Out, int kGroups, Path kPath>
+void launch(const CudaContext& context, const AloreForwardPlan& plan, const ForwardParams<In, Out>& params) {
+  const auto kernel = alore_forward_kernel<In, Out, kGroups, kPath>;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes),
+        "alore_forward");
+  kernel<<<plan.blocks, 32 * plan.warps_per_tile * plan.tiles_per_block, plan.shared_bytes, context.stream>>>(params);
+  check_launch("alore_forward");
+}
+
+template <typename In, typename Out, int kGroups>
+void choose_path(const CudaContext& context, const AloreForwardPlan& plan, const ForwardParams<In, Out>& p) {
+  const bool fast = plan.even && p.dims.num_blocks == kFastBlocks && p.dims.code_tiles == 1 &&
+                    p.dropout.seed == nullptr && p.residual == nullptr;
+  if (fast && p.norm) return launch<In, Out, kGroups, Path::kNorm>(context, plan, p);
+  if constexpr (std::is_same_v<In, Out>) {
+    if (fast) return launch<In, Out, kGroups, Path::kBare>(context, plan, p);
+  }
+  launch<In, Out, kGroups, Path::kGeneral>(context, plan, p);
+}
+
+}  // namespace
+
+void alore_forward(const CudaContext& context, const AloreShape& s, const AloreForwardPlan& plan,
+                   const AloreForwardArgs& a) {
+  if (!plan.fused) throw std::runtime_error("alore_forward: no fused kernel for this shape");
+  if (s.num_tokens == 0) return;
+  const AdapterDims dims{static_cast<int>(s.num_blocks), static_cast<int>(s.block_dim), static_cast<int>(s.width())};
+  const ForwardLayout layout(dims, plan.groups_per_warp, plan.warps_per_tile, plan.tiles_per_block, s.norm,
+                             s.input == DType::kFloat32);
+  const FactorSource factors{a.adapter.scale, a.adapter.down, a.adapter.up, s.factor,
+                             static_cast<int>(s.num_experts), static_cast<int>(s.rank)};
+  const auto run = [&](auto in_tag, auto out_tag) {
+    using In = typename decltype(in_tag)::type;
+    using Out = typename decltype(out_tag)::type;
+    const ForwardParams<In, Out> params{s.num_tokens,
+                                        dims,
+                                        layout,
+                                        factors,
+                                        plan.warps_per_tile,
+                                        s.norm,
+                                        s.add_base,
+                                        static_cast<const In*>(a.x),
+                                        static_cast<const In*>(a.residual),
+                                        a.norm.weight,
+                                        a.norm.bias,
+                                        s.affine,
+                                        a.norm.eps,
+                                        static_cast<Out*>(a.out),
+                                        static_cast<In*>(a.sum),
+                                        a.mean,
+                                        a.rstd,
+                                        DropoutMask(a.dropout.seed, a.dropout.p)};
+    switch (plan.groups_per_warp) {
+      case 4:
+        return choose_path<In, Out, 4>(context, plan, params);
+      case 6:
+        return choose_path<In, Out, 6>(context, plan, params);
+      default:
+        if constexpr (!std::is_same_v<In, float>) return choose_path<In, Out, 8>(context, plan, params);
+    }
+  };
+  const bool wide = s.input == DType::kFloat32;
+  if (s.output == DType::kBFloat16) {
+    wide ? run(Tag<float>{}, Tag<__nv_bfloat16>{}) : run(Tag<__nv_bfloat16>{}, Tag<__nv_bfloat16>{});
+  } else {
+    wide ? run(Tag<float>{}, Tag<__half>{}) : run(Tag<__half>{}, Tag<__half>{});
+  }
+}
+
+}  // namespace alore::kernels

@@ -1,0 +1,158 @@
+#include <algorithm>
+#include <sstream>
+
+#include "kernels/alore.h"
+#include "kernels/alore_layout.h"
+
+namespace alore::kernels {
+namespace {
+
+constexpr int kMaxStages = 4;
+
+AdapterDims dims_of(const AloreShape& s) {
+  return {static_cast<int>(s.num_blocks), static_cast<int>(s.block_dim), static_cast<int>(s.width())};
+}
+
+bool is_half(DType t) { return t == DType::kBFloat16 || t == DType::kFloat16; }
+
+// Why the fused kernels do not take a shape, or null.
+const char* refusal(const AloreShape& s, const DeviceLimits& device) {
+  if (device.capability < 80) return "needs compute capability 8.0 (16-bit tensor core instructions)";
+  if (!is_half(s.output)) return "activations are not 16-bit";
+  if (s.input != s.output && !(s.norm && s.input == DType::kFloat32)) return "mixed activation types without a norm";
+  if (s.block_dim % 8 != 0) return "embed_dim / num_experts is not a multiple of 8";
+  if (s.num_blocks > kMaxBlocks) return "more than 8 blocks a token";
+  if (s.width() > kMaxCodeWidth) return "num_experts * rank above 64";
+  if (s.embed_dim() > 2048) return "embed_dim above 2048";
+  return nullptr;
+}
+
+int clamp_int(int64_t v, int low, int high) {
+  return static_cast<int>(std::clamp<int64_t>(v, low, high));
+}
+
+// The least padding first, then the fewest warps a tile: they meet at barriers.
+bool choose_groups(const AloreShape& s, const AdapterDims& d, AloreForwardPlan& plan) {
+  const bool wide = s.input == DType::kFloat32;
+  int best_waste = -1;
+  for (int groups : {6, 8, 4}) {
+    if (wide && groups == 8) continue;  // fp32 rows would not fit the registers
+    const int warps = ceil_div(d.groups, groups);
+    if (warps > (groups == 8 ? 6 : 8)) continue;
+    const int waste = warps * groups - d.groups;
+    if (best_waste >= 0 && waste >= best_waste) continue;
+    best_waste = waste;
+    plan.groups_per_warp = groups;
+    plan.warps_per_tile = warps;
+  }
+  return best_waste >= 0;
+}
+
+}  // namespace
+
+AloreForwardPlan plan_alore_forward(const AloreShape& s, const DeviceLimits& device) {
+  AloreForwardPlan plan;
+  if (const char* why = refusal(s, device)) {
+    plan.reason = why;
+    return plan;
+  }
+  const AdapterDims d = dims_of(s);
+  if (!choose_groups(s, d, plan)) {
+    plan.reason = "a row does not fit the registers of 8 warps";
+    return plan;
+  }
+  const int64_t tiles = (s.num_tokens + kTileRows - 1) / kTileRows;
+  plan.even = s.block_dim % kGroupColumns == 0 && plan.warps_per_tile * plan.groups_per_warp == d.groups;
+  const int most_warps = plan.groups_per_warp == 8 ? 6 : 8;  // of a block, by the registers that a warp takes
+  for (plan.tiles_per_block = std::max(1, most_warps / plan.warps_per_tile);; --plan.tiles_per_block) {
+    plan.shared_bytes = ForwardLayout(d, plan.groups_per_warp, plan.warps_per_tile, plan.tiles_per_block, s.norm,
+                                      s.input == DType::kFloat32)
+                            .bytes;
+    if (plan.shared_bytes <= device.shared_per_block) break;
+    if (plan.tiles_per_block == 1) {
+      plan.reason = "factors do not fit shared memory";
+      return plan;
+    }
+  }
+  const int threads = 32 * plan.warps_per_tile * plan.tiles_per_block;
+  const int by_registers = std::max(1, (s.input == DType::kFloat32 ? 1 : 2) * most_warps * 32 / threads);
+  const int by_shared = std::max<int>(1, static_cast<int>((device.shared_per_block + 1024) / (plan.shared_bytes + 1024)));
+  const int resident = device.num_sms * std::min(by_registers, by_shared);
+  plan.blocks = clamp_int((tiles + plan.tiles_per_block - 1) / plan.tiles_per_block, 1, resident);
+  plan.fused = true;
+  return plan;
+}
+
+AloreBackwardPlan plan_alore_backward(const AloreShape& s, const DeviceLimits& device) {
+  AloreBackwardPlan plan;
+  if (const char* why = refusal(s, device)) {
+    plan.reason = why;
+    return plan;
+  }
+  const AdapterDims d = dims_of(s);
+  if (d.padded_width == 48) {
+    plan.reason = "num_experts * rank between 33 and 48";  // threads are dealt out in powers of two
+    return plan;
+  }
+  const int items = d.groups_per_block * d.code_tiles;
+  const bool many_blocks = d.num_blocks > 4;  // the mixing's gradient then takes 64 registers a thread
+  // 12 warps where that splits the work evenly (block_dim 96, 192, 384), else 8.
+  plan.warps = !many_blocks && (items > 8 || 12 % items == 0) && items != 1 && items != 2 && items != 4 ? 12 : 8;
+  plan.items_per_warp = ceil_div(items, plan.warps);
+  if (plan.items_per_warp > (many_blocks ? 1 : 2)) {
+    plan.reason = "factor gradients do not fit the registers of a block";
+    return plan;
+  }
+  const bool wide = s.input == DType::kFloat32;
+  const int64_t tiles = (s.num_tokens + kTileRows - 1) / kTileRows;
+  plan.row_tiles = std::max(1, 1024 / static_cast<int>(s.embed_dim()));
+  plan.row_tiles = plan.row_tiles >= 8 ? 8 : plan.row_tiles >= 4 ? 4 : plan.row_tiles >= 2 ? 2 : 1;
+  // Few tokens: rather more blocks at work than more tokens a block.
+  while (plan.row_tiles > 1 && tiles / plan.row_tiles < device.num_sms) plan.row_tiles /= 2;
+  for (;; plan.row_tiles /= 2) {
+    plan.key_splits = clamp_int(plan.warps / (plan.row_tiles * d.num_blocks), 1, d.groups_per_block);
+    for (plan.stages = kMaxStages; plan.stages >= 1; --plan.stages) {
+      plan.shared_bytes =
+          BackwardLayout(d, 32 * plan.warps, plan.row_tiles, plan.stages, plan.key_splits, s.norm, wide).bytes;
+      if (plan.shared_bytes <= device.shared_per_block) break;
+    }
+    if (plan.stages >= 2 || plan.row_tiles == 1) break;
+  }
+  if (plan.stages == 0) {
+    plan.reason = "a tile of 16 tokens does not fit shared memory";
+    return plan;
+  }
+  plan.parts = plan.items_per_warp > 1 ? 1 : std::min(plan.warps / items, plan.row_tiles * d.num_blocks);
+  plan.blocks = clamp_int((tiles + plan.row_tiles - 1) / plan.row_tiles, 1, device.num_sms);
+  plan.workspace_bytes = plan.blocks * (s.scale_size() + 2 * s.down_size()) * 4;
+  plan.fused = true;
+  return plan;
+}
+
+std::string AloreForwardPlan::to_string() const {
+  std::ostringstream out;
+  if (!fused) {
+    out << "AloreForwardPlan(path=general, reason=" << reason << ")";
+  } else {
+    out << "AloreForwardPlan(path=fused, blocks=" << blocks << ", tiles_per_block=" << tiles_per_block
+        << ", warps_per_tile=" << warps_per_tile << ", groups_per_warp=" << groups_per_warp
+        << ", even=" << (even ? "true" : "false")
+        << ", shared_bytes=" << shared_bytes << ")";
+  }
+  return out.str();
+}
+
+std::string AloreBackwardPlan::to_string() const {
+  std::ostringstream out;
+  if (!fused) {
+    out << "AloreBackwardPlan(path=general, reason=" << reason << ")";
+  } else {
+    out << "AloreBackwardPlan(path=fused, blocks=" << blocks << ", warps=" << warps << ", row_tiles=" << row_tiles
+        << ", stages=" << stages << ", key_splits=" << key_splits << ", items_per_warp=" << items_per_warp
+        << ", parts=" << parts << ", shared_bytes=" << shared_bytes << ", workspace_bytes=" << workspace_bytes
+        << ")";
+  }
+  return out.str();
+}
+
+}  // namespace alore::kernels

@@ -1,0 +1,29 @@
+// What every launch from torch tensors needs: the stream and cuBLAS handle, workspaces, raw pointers.
+#pragma once
+
+#include <ATen/cuda/CUDAContext.h>
+
+#include "kernels/context.h"
+#include "ops/common.h"
+
+namespace alore::ops {
+
+// torch's handle for this thread and stream: its math mode follows torch.backends.cuda.matmul.allow_tf32.
+inline kernels::CudaContext current_context() {
+  return {at::cuda::getCurrentCUDAStream().stream(), at::cuda::getCurrentCUDABlasHandle()};
+}
+
+inline Tensor bytes(size_t count, const Tensor& like) {
+  return at::empty({static_cast<int64_t>(count)}, like.options().dtype(at::kByte));
+}
+
+inline const void* read(const Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; }
+inline const void* read(const OptTensor& t) { return t.has_value() ? read(*t) : nullptr; }
+inline void* write(const Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; }
+
+inline OptTensor contiguous(const OptTensor& t) {
+  if (!t.has_value() || !t->defined()) return std::nullopt;
+  return t->contiguous();
+}
+
+}  // namespace alore::ops
