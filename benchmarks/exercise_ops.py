@@ -31,7 +31,8 @@ def leaf(generator, dtype, *shape, spread=1.0):
 
 
 def cases(generator, tokens, n, p, r, dtype, factor):
-    d, out, ranks = n * p, 11, 2 * r
+    # 96 features by 40 and up to 16 ranks suit the low-rank linears' fused kernels; 11 outputs do not.
+    d, out, ranks = n * p, 40 if n == 4 else 11, 2 * r
     x = leaf(generator, dtype, tokens, d)
     kron = (
         leaf(generator, factor, n, n, n, spread=n**-0.5),
@@ -55,6 +56,9 @@ def cases(generator, tokens, n, p, r, dtype, factor):
     yield "layer_norm_alore", (x, *affine, 1e-6, *kron), {}
     yield "layer_norm_alore", (x, *affine, 1e-6, *kron), {"dropout_p": 0.3}
     yield "masked_lora_linear", (x, *lora), {}
+    yield "mlae_linear", (x, *lora[:4], coeff[:2]), {"mask_p": 0.5}
+    if dtype in (torch.bfloat16, torch.float16):  # folds
+        yield "mlae_linear", (x, lora[0].detach().float().requires_grad_(), *lora[1:4], coeff[:2]), {"mask_p": 0.5}
 
 
 def merges(generator, shape, dtype, factor):

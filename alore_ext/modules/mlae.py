@@ -1,9 +1,16 @@
-"""MLAE layers: a linear with masked rank-1 experts beside its weight."""
+"""MLAE layers: a linear with masked rank-1 experts beside its weight.
+
+Masks under DistributedDataParallel: every process draws from its own generator. Seeded apart (`seed + rank`, the usual
+recipe), each rank trains another subset of experts at a step and the averaged gradient is that of a sample of several
+masks: unbiased, with less noise than one mask. Seeded alike, or not seeded (torch starts every process from the same
+default), all ranks draw one mask, as one device would for the whole batch, as long as they make the same draws in the
+same order. Nothing is sent between ranks for either. Every rank computes gradients for masked experts too (exact
+zeros), so DistributedDataParallel never finds a parameter unused.
+"""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from alore_ext import ops
@@ -30,12 +37,11 @@ class MlaeLinear(Adapter):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in_features] -> [..., out_features]."""
-        coeff = F.dropout(self.coeff, self._mlae_mask_p, self.training)
-        if self._mlae_expert_rank > 1:
-            coeff = coeff.repeat_interleave(self._mlae_expert_rank)
         owner = self._mlae_bias_owner
         bias = self.bias if owner is None else owner.joint_bias()
-        return ops.masked_lora_linear(x, self.weight, bias, self.lora_a, self.lora_b, coeff)
+        return ops.mlae_linear(
+            x, self.weight, bias, self.lora_a, self.lora_b, self.coeff, self._mlae_mask_p, self.training
+        )
 
     def extra_repr(self) -> str:
         experts = f"mlae: experts={self.coeff.numel()}, expert_rank={self._mlae_expert_rank}"

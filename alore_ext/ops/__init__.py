@@ -6,7 +6,7 @@ gradients have their own dtype. Shape and dtype errors are `RuntimeError`s that 
 """
 
 from .kron import alore, kron_linear, layer_norm_alore, plan_alore, plan_kron
-from .lora import masked_lora_linear
+from .lora import masked_lora_linear, mlae_linear, plan_lora
 from .merge import (
     merge_kron_,
     merge_kron_grouped_,
@@ -24,9 +24,11 @@ __all__ = [
     "merge_kron_",
     "merge_kron_grouped_",
     "merge_lora_",
+    "mlae_linear",
     "plan_alore",
     "merge_lora_grouped_",
     "plan_kron",
+    "plan_lora",
     "plan_merge_kron",
     "plan_merge_lora",
 ]

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from .._extension import _C
+
 
 def masked_lora_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, coeff: Tensor
@@ -11,7 +13,8 @@ def masked_lora_linear(
 
     Args:
         x: ``[..., in_features]``.
-        weight: ``[out_features, in_features]``, x's dtype.
+        weight: ``[out_features, in_features]``, x's dtype; or float32 under a 16-bit x, as autocast passes it. Then
+            ``W + B diag(coeff) A`` is formed in float32 and rounded once, and one product does the rest.
         bias: ``[out_features]`` or None, x's dtype.
         lora_a: ``[R, in_features]``.
         lora_b: ``[out_features, R]``.
@@ -21,4 +24,71 @@ def masked_lora_linear(
     Returns:
         ``[..., out_features]``, x's dtype.
     """
-    return torch.ops.alore_ext.masked_lora_linear(x, weight, bias, lora_a, lora_b, coeff)
+    return torch.ops.alore_ext.masked_lora_linear(x, weight, bias, lora_a, lora_b, coeff)[0]
+
+
+def mlae_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    coeff: Tensor,
+    mask_p: float = 0.0,
+    training: bool = True,
+) -> Tensor:
+    """:func:`masked_lora_linear` under a fresh mask over experts: MLAE equations 4 to 6.
+
+    Expert e owns rows ``e * R / num_experts`` onward of A and columns of B. Each call draws one mask for the whole
+    batch from torch's generator of x's device, inside the kernel that packs the factors: ``c = coeff * m / (1 - p)``
+    with ``m ~ Bernoulli(1 - p)``. The draw follows `torch.manual_seed`, is fresh at each replay of a CUDA graph, and
+    is the same again when activation checkpointing, which restores the generator, runs the forward a second time.
+    CPU and CUDA draw different masks from one seed.
+
+    Args:
+        x, weight, bias, lora_a, lora_b: as for :func:`masked_lora_linear`.
+        coeff: ``[num_experts]``, num_experts dividing R. Its gradient goes through the mask: 0 for a masked expert.
+        mask_p: probability, in [0, 1), of masking an expert.
+        training: without it nothing is masked, nothing scaled, and nothing drawn.
+
+    Returns:
+        ``[..., out_features]``, x's dtype.
+
+    Raises:
+        RuntimeError: mask_p outside [0, 1), or a shape, dtype or device that does not fit.
+    """
+    return torch.ops.alore_ext.mlae_linear(x, weight, bias, lora_a, lora_b, coeff, mask_p, training)[0]
+
+
+def plan_lora(
+    x: Tensor, weight: Tensor, lora_a: Tensor, num_processors: int | None = None, shared_bytes: int | None = None
+):
+    """How :func:`masked_lora_linear` and :func:`mlae_linear` run on tensors of these shapes; printable.
+
+    Args:
+        x, weight, lora_a: as for :func:`masked_lora_linear`; only shapes, dtypes and x's device are read.
+        num_processors, shared_bytes: streaming multiprocessors, and shared memory that one block may ask for, of the
+            GPU to plan for. By default those of x's device; none on the CPU.
+
+    Returns:
+        An object with ``forward`` and ``backward``, each "fold" (a float32 weight under 16-bit x: forward only),
+        "extended" (forward, where out_features > in_features: the rank term inside the base product), "fused" or
+        "fused-half" (in backward both halves in one kernel or apart, as shared memory allows), which take CUDA, 16-bit
+        x, R <= 16 and features in multiples of 8, or "gemm" (everything else); ``code_width`` and
+        ``operand_elements``, what forward keeps a token and in all; ``blocks``, ``shared_bytes`` and
+        ``workspace_bytes`` of the backward.
+    """
+    if x.device.type == "cuda":
+        device = torch.cuda.get_device_properties(x.device)
+        num_processors = device.multi_processor_count if num_processors is None else num_processors
+        shared_bytes = device.shared_memory_per_block_optin if shared_bytes is None else shared_bytes
+    return _C.plan_lora(
+        num_tokens=x[..., 0].numel(),
+        in_features=weight.size(1),
+        out_features=weight.size(0),
+        rank=lora_a.size(0),
+        dtype=x.dtype,
+        weight_dtype=weight.dtype,
+        num_processors=num_processors or 0,
+        shared_bytes=shared_bytes or 0,
+    )

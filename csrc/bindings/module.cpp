@@ -9,6 +9,7 @@
 
 #include "kernels/alore.h"
 #include "kernels/merge_plan.h"
+#include "kernels/lora.h"
 #include "kernels/plan.h"
 #include "ops/common.h"
 
@@ -104,6 +105,19 @@ alore::kernels::MergePlan plan_merge(int64_t num_tokens, int64_t num_experts, in
                                          element_stride};
   return alore::kernels::plan_merge(shape, shared_limit);
 }
+alore::kernels::LoraPlan plan_lora(int64_t num_tokens, int64_t in_features, int64_t out_features,
+                                   int64_t rank, at::ScalarType dtype, at::ScalarType weight_dtype,
+                                   int num_processors, size_t shared_bytes) {
+  const alore::kernels::LoraShape shape{.num_tokens = num_tokens,
+                                        .in_features = in_features,
+                                        .out_features = out_features,
+                                        .rank = rank,
+                                        .activation = alore::ops::kernel_dtype(dtype)};
+  return alore::kernels::plan_lora(shape, alore::ops::kernel_dtype(weight_dtype),
+                                   {num_processors, shared_bytes});
+}
+
+const char* path_name(alore::kernels::LoraPath path) { return alore::kernels::name_of(path); }
 
 }  // namespace
 
@@ -163,5 +177,18 @@ PYBIND11_MODULE(_C, m) {
         py::arg("low_rank"), py::arg("dtype"), py::arg("factor_dtype"), py::arg("token_stride"),
         py::arg("element_stride"), py::arg("shared_limit"));
   m.attr("LEAST_SHARED_LIMIT") = alore::kernels::kLeastSharedLimit;
+  using alore::kernels::LoraPlan;
+  py::class_<LoraPlan>(m, "LoraPlan")
+      .def_property_readonly("forward", [](const LoraPlan& p) { return path_name(p.forward); })
+      .def_property_readonly("backward", [](const LoraPlan& p) { return path_name(p.backward); })
+      .def_readonly("code_width", &LoraPlan::code_width)
+      .def_readonly("operand_elements", &LoraPlan::operand_elements)
+      .def_readonly("blocks", &LoraPlan::blocks)
+      .def_readonly("shared_bytes", &LoraPlan::shared_bytes)
+      .def_readonly("workspace_bytes", &LoraPlan::workspace_bytes)
+      .def("__repr__", &LoraPlan::to_string);
+  m.def("plan_lora", &plan_lora, py::arg("num_tokens"), py::arg("in_features"), py::arg("out_features"),
+        py::arg("rank"), py::arg("dtype"), py::arg("weight_dtype"), py::arg("num_processors"),
+        py::arg("shared_bytes"));
   m.attr("MAX_WORKSPACE_BYTES") = alore::kernels::kMaxWorkspaceBytes;
 }

@@ -17,8 +17,10 @@ struct Philox4 {
   uint32_t v[4];
 };
 
-ALORE_HOST_DEVICE inline Philox4 philox(uint64_t seed, uint64_t counter) {
-  uint32_t c0 = static_cast<uint32_t>(counter), c1 = static_cast<uint32_t>(counter >> 32), c2 = 0, c3 = 0;
+// `stream`: independent sequences of one seed, as torch's kernels number their threads.
+ALORE_HOST_DEVICE inline Philox4 philox(uint64_t seed, uint64_t counter, uint64_t stream = 0) {
+  uint32_t c0 = static_cast<uint32_t>(counter), c1 = static_cast<uint32_t>(counter >> 32);
+  uint32_t c2 = static_cast<uint32_t>(stream), c3 = static_cast<uint32_t>(stream >> 32);
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
 #ifdef __CUDA_ARCH__
 // Rolled up: a copy stands at every place that drops, and together they would crowd the instruction cache.

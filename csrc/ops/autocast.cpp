@@ -72,12 +72,26 @@ struct Lower {
                                           factor(down, in), factor(up, in), seed, dropout_p, out_dtype);
   }
 
-  static Tensor masked_lora_linear(const Tensor& x, const Tensor& weight, const OptTensor& bias,
-                                   const Tensor& lora_a, const Tensor& lora_b, const Tensor& coeff) {
+  // A float32 weight is passed on: the op folds the update into it and rounds once, in the place of this
+  // cast.
+  static Tensor base_weight(const Tensor& weight, const Tensor& x) {
+    return is_folding(x, weight) ? weight : cast(weight);
+  }
+
+  static T3 masked_lora_linear(const Tensor& x, const Tensor& weight, const OptTensor& bias,
+                               const Tensor& lora_a, const Tensor& lora_b, const Tensor& coeff) {
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(key);
     const Tensor low = cast(x);
-    return masked_lora_linear_op().call(low, cast(weight), cast(bias), factor(lora_a, low),
+    return masked_lora_linear_op().call(low, base_weight(weight, low), cast(bias), factor(lora_a, low),
                                         factor(lora_b, low), factor(coeff, low));
+  }
+
+  static T4 mlae_linear(const Tensor& x, const Tensor& weight, const OptTensor& bias, const Tensor& lora_a,
+                        const Tensor& lora_b, const Tensor& coeff, double mask_p, bool training) {
+    const c10::impl::ExcludeDispatchKeyGuard no_autocast(key);
+    const Tensor low = cast(x);
+    return mlae_linear_op().call(low, base_weight(weight, low), cast(bias), factor(lora_a, low),
+                                 factor(lora_b, low), factor(coeff, low), mask_p, training);
   }
 
   static void register_ops(torch::Library& m) {
@@ -86,6 +100,7 @@ struct Lower {
     m.impl("layer_norm_alore", layer_norm_alore);
     m.impl("add_layer_norm_alore", add_layer_norm_alore);
     m.impl("masked_lora_linear", masked_lora_linear);
+    m.impl("mlae_linear", mlae_linear);
   }
 };
 

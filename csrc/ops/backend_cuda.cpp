@@ -1,10 +1,8 @@
 #include "ops/backend_cuda.h"
 
 #include "kernels/dropout.h"
-#include "kernels/gemm.h"
 #include "kernels/kron.h"
 #include "kernels/layer_norm.h"
-#include "kernels/lora.h"
 #include "ops/cuda_call.h"
 
 namespace alore::ops {
@@ -12,7 +10,6 @@ namespace {
 
 using kernels::CudaContext;
 using kernels::DType;
-using kernels::Op;
 
 kernels::LayerNormShape norm_shape(const Tensor& x, const OptTensor& weight, const OptTensor& bias,
                                    at::ScalarType out_dtype) {
@@ -21,65 +18,6 @@ kernels::LayerNormShape norm_shape(const Tensor& x, const OptTensor& weight, con
   return {x.size(0), x.size(1), input, kernel_dtype(out_dtype),
           affine.defined() ? kernel_dtype(affine.scalar_type()) : input};
 }
-
-// A contiguous copy of a low-rank factor in the dtype that the products run in; the factor itself where it is
-// that.
-Tensor as_operand(const CudaContext& context, const Tensor& factor, at::ScalarType type) {
-  const Tensor in = factor.contiguous();
-  if (in.scalar_type() == type) return in;
-  Tensor out = at::empty(in.sizes(), in.options().dtype(type));
-  kernels::cast(context, in.numel(), kernel_dtype(in.scalar_type()), read(in), kernel_dtype(type),
-                write(out));
-  return out;
-}
-
-// The low-rank pass: shapes and operands that forward and backward share.
-struct LoraPass {
-  CudaContext context;
-  kernels::LoraShape shape;
-  Tensor a, b, coeff;
-  at::TensorOptions code_options, operand_options;
-
-  LoraPass(const Tensor& x, Lora lora)
-      : context(current_context()),
-        shape{x.size(0),
-              x.size(1),
-              lora.b.size(0),
-              lora.a.size(0),
-              kernel_dtype(x.scalar_type()),
-              kernel_dtype(lora.a.scalar_type())},
-        a(as_operand(context, lora.a, x.scalar_type())),
-        b(as_operand(context, lora.b, x.scalar_type())),
-        coeff(lora.coeff.contiguous()),
-        code_options(x.options().dtype(accumulate_type(x.scalar_type()))),
-        operand_options(x.options()) {}
-
-  DType acc() const { return kernels::accumulate_type(shape.activation); }
-
-  // x @ a^T, [num_tokens, R], accumulate type
-  Tensor encode(const Tensor& x) const {
-    Tensor code = at::empty({shape.num_tokens, shape.rank}, code_options);
-    kernels::gemm(context, Op::kNone, Op::kTranspose, shape.num_tokens, shape.rank, shape.in_features,
-                  shape.activation, read(x), shape.in_features, read(a), shape.in_features, 0.0f, acc(),
-                  write(code), shape.rank);
-    return code;
-  }
-
-  // grad_out @ b, [num_tokens, R], accumulate type
-  Tensor encode_grad(const Tensor& grad_out) const {
-    Tensor code = at::empty({shape.num_tokens, shape.rank}, code_options);
-    kernels::gemm(context, Op::kNone, Op::kNone, shape.num_tokens, shape.rank, shape.out_features,
-                  shape.activation, read(grad_out), shape.out_features, read(b), shape.rank, 0.0f, acc(),
-                  write(code), shape.rank);
-    return code;
-  }
-
-  Tensor scale(const Tensor& code) const {
-    Tensor scaled = at::empty({shape.num_tokens, shape.rank}, operand_options);
-    kernels::lora_scale(context, shape, read(code), read(coeff), write(scaled));
-    return scaled;
-  }
-};
 
 }  // namespace
 
@@ -158,46 +96,6 @@ void CudaBackend::dropout_add(const Tensor& base, const Tensor& branch, const Te
                               const Tensor& out) {
   kernels::dropout_add(current_context(), kernel_dtype(out.scalar_type()), out.numel(), read(base),
                        read(branch), seed.const_data_ptr<int64_t>(), p, write(out));
-}
-
-void CudaBackend::lora_forward(const Tensor& x, Lora lora, const Tensor& out) {
-  const LoraPass pass(x, lora);
-  const auto& s = pass.shape;
-  const Tensor scaled = pass.scale(pass.encode(x));
-  kernels::gemm(pass.context, Op::kNone, Op::kTranspose, s.num_tokens, s.out_features, s.rank, s.activation,
-                read(scaled), s.rank, read(pass.b), s.rank, 1.0f, s.activation, write(out), s.out_features);
-}
-
-LoraGrads CudaBackend::lora_backward(const Tensor& x, const Tensor& grad_out, Lora lora,
-                                     const Tensor& grad_x) {
-  const LoraPass pass(x, lora);
-  const auto& s = pass.shape;
-  const Tensor code = pass.encode(x), grad_code = pass.encode_grad(grad_out);
-  const Tensor scaled = pass.scale(code), scaled_grad = pass.scale(grad_code);
-  if (grad_x.defined()) {
-    kernels::gemm(pass.context, Op::kNone, Op::kNone, s.num_tokens, s.in_features, s.rank, s.activation,
-                  read(scaled_grad), s.rank, read(pass.a), s.in_features, 1.0f, s.activation, write(grad_x),
-                  s.in_features);
-  }
-  // Gradients of A and B leave the products in the accumulate type, whatever the activations are.
-  Tensor grad_a = at::empty({s.rank, s.in_features}, pass.code_options);
-  kernels::gemm(pass.context, Op::kTranspose, Op::kNone, s.rank, s.in_features, s.num_tokens, s.activation,
-                read(scaled_grad), s.rank, read(x), s.in_features, 0.0f, pass.acc(), write(grad_a),
-                s.in_features);
-  Tensor grad_b = at::empty({s.out_features, s.rank}, pass.code_options);
-  kernels::gemm(pass.context, Op::kTranspose, Op::kNone, s.out_features, s.rank, s.num_tokens, s.activation,
-                read(grad_out), s.out_features, read(scaled), s.rank, 0.0f, pass.acc(), write(grad_b),
-                s.rank);
-  const int64_t blocks = kernels::plan_reduce_blocks(s.num_tokens, s.rank);
-  const Tensor partial = at::empty({blocks, s.rank}, pass.code_options);
-  Tensor grad_coeff = at::empty({s.rank}, lora.coeff.options());
-  kernels::lora_coeff_grad(pass.context, s, read(code), read(grad_code), blocks, write(partial),
-                           write(grad_coeff));
-  LoraGrads grads{at::empty(lora.a.sizes(), lora.a.options()), at::empty(lora.b.sizes(), lora.b.options()),
-                  grad_coeff};
-  kernels::lora_unpack_gradients(pass.context, s, read(grad_a), read(grad_b), read(pass.coeff),
-                                 write(grads.a), write(grads.b));
-  return grads;
 }
 
 }  // namespace alore::ops

@@ -41,9 +41,6 @@ struct CudaBackend {
 
   static void dropout_add(const Tensor& base, const Tensor& branch, const Tensor& seed, double p,
                           const Tensor& out);
-
-  static void lora_forward(const Tensor& x, Lora lora, const Tensor& out);
-  static LoraGrads lora_backward(const Tensor& x, const Tensor& grad_out, Lora lora, const Tensor& grad_x);
 };
 
 }  // namespace alore::ops

@@ -59,7 +59,7 @@ void check_optional_vector(const char* op, const char* name, const OptTensor& v,
 }
 
 void check_lora_factors(const char* op, const Tensor& weight, const Tensor& lora_a, const Tensor& lora_b,
-                        const Tensor& coeff) {
+                        const Tensor& coeff, Coeff rule) {
   TORCH_CHECK(weight.dim() == 2 && weight.sym_size(0) > 0 && weight.sym_size(1) > 0, op,
               ": weight must be [out_features, in_features] with no empty axis, got ", weight.sym_sizes());
   TORCH_CHECK(lora_a.dim() == 2 && lora_a.sym_size(1) == weight.sym_size(1) && lora_a.sym_size(0) > 0, op,
@@ -69,8 +69,14 @@ void check_lora_factors(const char* op, const Tensor& weight, const Tensor& lora
   TORCH_CHECK(lora_b.dim() == 2 && lora_b.sym_size(0) == weight.sym_size(0) && lora_b.sym_size(1) == rank, op,
               ": lora_b must be [out_features, R]=[", weight.sym_size(0), ", ", rank, "], got ",
               lora_b.sym_sizes());
-  TORCH_CHECK(coeff.dim() == 1 && coeff.sym_size(0) == rank, op, ": coeff must be [R]=[", rank, "], got ",
-              coeff.sym_sizes());
+  if (rule == Coeff::kPerRow) {
+    TORCH_CHECK(coeff.dim() == 1 && coeff.sym_size(0) == rank, op, ": coeff must be [R]=[", rank, "], got ",
+                coeff.sym_sizes());
+  } else {
+    TORCH_CHECK(coeff.dim() == 1 && coeff.sym_size(0) > 0 && rank % coeff.sym_size(0) == 0, op,
+                ": coeff must be [num_experts] with num_experts dividing R=", rank, ", got ",
+                coeff.sym_sizes());
+  }
   check_same_dtype(op, "lora_b", lora_b, "lora_a", lora_a);
   check_same_dtype(op, "coeff", coeff, "lora_a", lora_a);
   check_device(op, "lora_a", lora_a, weight);
@@ -113,6 +119,10 @@ kernels::DType kernel_dtype(at::ScalarType type) {
     default:
       TORCH_CHECK(false, "alore_ext: no kernel for dtype ", type);
   }
+}
+
+bool is_folding(const Tensor& x, const Tensor& weight) {
+  return is_half(x.scalar_type()) && weight.scalar_type() == at::kFloat;
 }
 
 at::ScalarType accumulate_type(at::ScalarType type) { return type == at::kDouble ? at::kDouble : at::kFloat; }
@@ -208,13 +218,15 @@ void check_norm_backward(const Tensor& grad_out, const Tensor& x, const OptTenso
 }
 
 void check_lora(const char* op, const Tensor& x, const Tensor& weight, const OptTensor& bias,
-                const Tensor& lora_a, const Tensor& lora_b, const Tensor& coeff) {
+                const Tensor& lora_a, const Tensor& lora_b, const Tensor& coeff, Coeff rule) {
   check_activation(op, x);
   check_device(op, "weight", weight, x);
-  check_lora_factors(op, weight, lora_a, lora_b, coeff);
+  check_lora_factors(op, weight, lora_a, lora_b, coeff, rule);
   TORCH_CHECK(x.sym_size(-1) == weight.sym_size(1), op,
               ": the last axis of x must be in_features=", weight.sym_size(1), ", got ", x.sym_sizes());
-  check_same_dtype(op, "weight", weight, "x", x);
+  TORCH_CHECK(weight.scalar_type() == x.scalar_type() || is_folding(x, weight), op,
+              ": weight must have x's dtype ", x.scalar_type(),
+              is_half(x.scalar_type()) ? " or Float (which folds)" : "", ", got ", weight.scalar_type());
   check_optional_vector(op, "bias", bias, weight.sym_size(0), x);
   if (bias.has_value() && bias->defined()) check_same_dtype(op, "bias", *bias, "x", x);
   check_factor_dtype(op, "lora_a", lora_a.scalar_type(), x.scalar_type());
@@ -245,7 +257,7 @@ void check_merge_kron(const char* op, const Tensor& weight, const OptTensor& bia
 void check_merge_lora(const char* op, const Tensor& weight, const Tensor& lora_a, const Tensor& lora_b,
                       const Tensor& coeff) {
   check_merge_target(op, weight);
-  check_lora_factors(op, weight, lora_a, lora_b, coeff);
+  check_lora_factors(op, weight, lora_a, lora_b, coeff, Coeff::kPerRow);
   check_floating(op, "lora_a", lora_a);
 }
 

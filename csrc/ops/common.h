@@ -14,6 +14,7 @@ namespace alore::ops {
 using at::Tensor;
 using at::TensorList;
 using OptTensor = std::optional<Tensor>;
+using T3 = std::tuple<Tensor, Tensor, Tensor>;
 using T4 = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using T6 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using Strings = c10::List<std::string>;
@@ -22,6 +23,9 @@ kernels::DType kernel_dtype(at::ScalarType type);
 
 // float64 for float64, else float32.
 at::ScalarType accumulate_type(at::ScalarType type);
+
+// A float32 weight under 16-bit activations: the update is folded into it before it is rounded.
+bool is_folding(const Tensor& x, const Tensor& weight);
 
 // x flattened to [num_tokens, x.size(-1)], contiguous. Works for 0 tokens.
 Tensor flatten_tokens(const Tensor& x);
@@ -52,6 +56,14 @@ void check_merge_kron(const char* op, const Tensor& weight, const OptTensor& bia
                       const Tensor& down, const Tensor& up, std::string_view side);
 void check_merge_lora(const char* op, const Tensor& weight, const Tensor& lora_a, const Tensor& lora_b,
                       const Tensor& coeff);
+// Whether coeff has an entry for every rank row, or for every expert (R / num_experts rows).
+enum class Coeff { kPerRow, kPerExpert };
+
+void check_lora(const char* op, const Tensor& x, const Tensor& weight, const OptTensor& bias,
+                const Tensor& lora_a, const Tensor& lora_b, const Tensor& coeff, Coeff rule);
+void check_merge_kron(const Tensor& weight, const OptTensor& bias, const Tensor& scale, const Tensor& down,
+                      const Tensor& up, std::string_view side);
+void check_merge_lora(const Tensor& weight, const Tensor& lora_a, const Tensor& lora_b, const Tensor& coeff);
 
 // grad_out must look like the forward's output.
 void check_grad(const char* op, const Tensor& grad_out, c10::SymIntArrayRef sizes, const Tensor& like,

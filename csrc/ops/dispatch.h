@@ -39,9 +39,12 @@ ALORE_OP(add_layer_norm_alore,
          T4(const Tensor&, const Tensor&, const OptTensor&, const OptTensor&, double, const Tensor&, const Tensor&,
             const Tensor&, const OptTensor&, double, std::optional<at::ScalarType>))
 ALORE_OP(masked_lora_linear,
-         Tensor(const Tensor&, const Tensor&, const OptTensor&, const Tensor&, const Tensor&, const Tensor&))
+         T3(const Tensor&, const Tensor&, const OptTensor&, const Tensor&, const Tensor&, const Tensor&))
+ALORE_OP(mlae_linear, T4(const Tensor&, const Tensor&, const OptTensor&, const Tensor&, const Tensor&,
+                         const Tensor&, double, bool))
 ALORE_OP(masked_lora_linear_backward,
-         T6(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, Mask6))
+         T6(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+            const OptTensor&, const Tensor&, const Tensor&, Mask6))
 ALORE_OP(merge_kron_,
          void(const Tensor&, const OptTensor&, const Tensor&, const Tensor&, const Tensor&, std::string_view))
 ALORE_OP(merge_lora_, void(const Tensor&, const Tensor&, const Tensor&, const Tensor&))

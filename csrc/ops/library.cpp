@@ -4,6 +4,7 @@
 // Shapes: x [..., s_in * p_in]; scale [E, s_in, s_out]; down [E, p_in, r]; up [E, r, p_out]; seed one int64
 // on x's device; lora_a [R, in]; lora_b [out, R]; coeff [R]; output_mask: which gradients are wanted, in the
 // order of the outputs.
+#include <ATen/core/enum_tag.h>
 #include <torch/library.h>
 
 TORCH_LIBRARY(alore_ext, m) {
@@ -40,13 +41,23 @@ TORCH_LIBRARY(alore_ext, m) {
       " Tensor? grad_sum=None)"
       " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 
+  // Returns y and what backward reads again: the code x A^T (empty where W folds), and the packed factors or
+  // the folded weight.
   m.def(
       "masked_lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, Tensor coeff)"
-      " -> Tensor");
-  // Gradients of x, weight, bias, lora_a, lora_b, coeff.
+      " -> (Tensor, Tensor, Tensor)");
+  // coeff [num_experts]; each is masked with probability mask_p where `training`. Returns the mask too,
+  // [num_experts] in the accumulate type: 0, or 1/(1-p) for a kept expert.
+  m.def(
+      "mlae_linear(Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, Tensor coeff,"
+      " float mask_p=0.0, bool training=True) -> (Tensor, Tensor, Tensor, Tensor)",
+      {at::Tag::nondeterministic_seeded});
+  // Gradients of x, weight, bias, lora_a, lora_b, coeff, for both: coeff is [num_experts] where a mask is
+  // given, else [R].
   m.def(
       "masked_lora_linear_backward(Tensor grad_out, Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b,"
-      " Tensor coeff, bool[6] output_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      " Tensor coeff, Tensor? mask, Tensor code, Tensor operand, bool[6] output_mask)"
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 
   m.def(
       "merge_kron_(Tensor(a!) weight, Tensor(b!)? bias, Tensor scale, Tensor down, Tensor up, str side) -> "

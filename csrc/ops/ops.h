@@ -234,37 +234,6 @@ Grads6 layer_norm_alore_backward(const Tensor& grad_out, const Tensor& x, const 
           wanted(mask[4], grads.factors.down), wanted(mask[5], grads.factors.up)};
 }
 
-template <typename Backend>
-Tensor masked_lora_linear(const Tensor& x, const Tensor& weight, const OptTensor& bias, const Tensor& lora_a,
-                          const Tensor& lora_b, const Tensor& coeff) {
-  check_lora("masked_lora_linear", x, weight, bias, lora_a, lora_b, coeff);
-  const typename Backend::Guard guard(x);
-  const Tensor flat = flatten_tokens(x);
-  const Tensor out = at::linear(flat, weight, bias);
-  if (flat.size(0) > 0) Backend::lora_forward(flat, {lora_a, lora_b, coeff}, out);
-  return with_width(out, x);
-}
-
-template <typename Backend>
-Grads6 masked_lora_linear_backward(const Tensor& grad_out, const Tensor& x, const Tensor& weight,
-                                   const Tensor& lora_a, const Tensor& lora_b, const Tensor& coeff,
-                                   std::array<bool, 6> mask) {
-  check_lora("masked_lora_linear_backward", x, weight, std::nullopt, lora_a, lora_b, coeff);
-  check_grad("masked_lora_linear_backward", grad_out, lora_output_sizes(x, weight), x, x.scalar_type());
-  const typename Backend::Guard guard(x);
-  const Tensor flat = flatten_tokens(x), grad = flatten_tokens(grad_out);
-  const Tensor grad_x = mask[0] ? at::mm(grad, weight) : Tensor();
-  LoraGrads grads;
-  if (flat.size(0) > 0) {
-    grads = Backend::lora_backward(flat, grad, {lora_a, lora_b, coeff}, grad_x);
-  } else {
-    grads = {zeros_contiguous(lora_a), zeros_contiguous(lora_b), zeros_contiguous(coeff)};
-  }
-  return {like_input(grad_x, x, mask[0]),   mask[1] ? at::mm(grad.t(), flat) : Tensor(),
-          mask[2] ? grad.sum(0) : Tensor(), wanted(mask[3], grads.a),
-          wanted(mask[4], grads.b),         wanted(mask[5], grads.coeff)};
-}
-
 // Registers every op of one backend under the current dispatch key.
 template <typename Backend>
 void register_ops(torch::Library& m) {
@@ -275,8 +244,6 @@ void register_ops(torch::Library& m) {
   m.impl("layer_norm_alore", layer_norm_alore<Backend>);
   m.impl("add_layer_norm_alore", add_layer_norm_alore<Backend>);
   m.impl("layer_norm_alore_backward", layer_norm_alore_backward<Backend>);
-  m.impl("masked_lora_linear", masked_lora_linear<Backend>);
-  m.impl("masked_lora_linear_backward", masked_lora_linear_backward<Backend>);
 }
 
 }  // namespace alore::ops

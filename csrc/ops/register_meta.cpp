@@ -84,25 +84,6 @@ Grads6 layer_norm_alore_backward_meta(const Tensor& grad_out, const Tensor& x, c
           grad_like(mask[3], scale), grad_like(mask[4], down),   grad_like(mask[5], up)};
 }
 
-Tensor masked_lora_linear_meta(const Tensor& x, const Tensor& weight, const OptTensor& bias,
-                               const Tensor& lora_a, const Tensor& lora_b, const Tensor& coeff) {
-  check_lora("masked_lora_linear", x, weight, bias, lora_a, lora_b, coeff);
-  return empty(lora_output_sizes(x, weight), x);
-}
-
-Grads6 masked_lora_linear_backward_meta(const Tensor& grad_out, const Tensor& x, const Tensor& weight,
-                                        const Tensor& lora_a, const Tensor& lora_b, const Tensor& coeff,
-                                        std::array<bool, 6> mask) {
-  check_lora("masked_lora_linear_backward", x, weight, std::nullopt, lora_a, lora_b, coeff);
-  check_grad("masked_lora_linear_backward", grad_out, lora_output_sizes(x, weight), x, x.scalar_type());
-  return {grad_like(mask[0], x),
-          grad_like(mask[1], weight),
-          mask[2] ? empty({weight.sym_size(0)}, x) : Tensor(),
-          grad_like(mask[3], lora_a),
-          grad_like(mask[4], lora_b),
-          grad_like(mask[5], coeff)};
-}
-
 void merge_kron_meta(const Tensor& weight, const OptTensor& bias, const Tensor& scale, const Tensor& down,
                      const Tensor& up, std::string_view side) {
   check_merge_kron("merge_kron_", weight, bias, scale, down, up, side);
@@ -124,8 +105,6 @@ TORCH_LIBRARY_IMPL(alore_ext, Meta, m) {
   m.impl("layer_norm_alore", layer_norm_alore_meta);
   m.impl("add_layer_norm_alore", add_layer_norm_alore_meta);
   m.impl("layer_norm_alore_backward", layer_norm_alore_backward_meta);
-  m.impl("masked_lora_linear", masked_lora_linear_meta);
-  m.impl("masked_lora_linear_backward", masked_lora_linear_backward_meta);
   m.impl("merge_kron_", merge_kron_meta);
   m.impl("merge_lora_", merge_lora_meta);
   m.impl("merge_kron_grouped_", check_merge_kron_grouped);

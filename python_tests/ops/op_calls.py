@@ -1,7 +1,7 @@
 """Calls of every op in the `torch.ops.alore_ext` namespace, backward and in-place ones included, as (op, arguments)."""
 
 import torch
-from op_cases import draw, kron_args, layer_norm_args, lora_args
+from op_cases import draw, kron_args, layer_norm_args, lora_args, mlae_args
 
 namespace = torch.ops.alore_ext
 
@@ -33,6 +33,20 @@ def forward_calls(device="cpu", dtype=torch.float64, factor_dtype=None):
         "layer_norm_alore-weight-only": (namespace.layer_norm_alore, [*(norm | {"bias": None}).values()]),
         "masked_lora_linear": (namespace.masked_lora_linear, [*lora.values()]),
         "masked_lora_linear-no-bias": (namespace.masked_lora_linear, [*(lora | {"bias": None}).values()]),
+        "mlae_linear": (namespace.mlae_linear, [*mlae_args(**options).values(), 0.0, True]),
+        "mlae_linear-eval": (namespace.mlae_linear, [*mlae_args(expert_rank=1, **options).values(), 0.5, False]),
+    }
+
+
+def folding_calls(device="cpu", low=torch.bfloat16):
+    """The low-rank linears on a float32 weight under 16-bit activations, as autocast makes them."""
+    options = {"device": device, "dtype": low, "factor_dtype": torch.float32}
+    lora, mlae = lora_args(**options), mlae_args(**options)
+    for args in (lora, mlae):
+        args["weight"] = args["weight"].float()
+    return {
+        "masked_lora_linear": (namespace.masked_lora_linear, [*lora.values()]),
+        "mlae_linear": (namespace.mlae_linear, [*mlae.values(), 0.0, True]),
     }
 
 
@@ -45,7 +59,8 @@ def backward_calls(device="cpu", dtype=torch.float64, factor_dtype=None):
     _, mean, rstd = namespace.layer_norm_alore(*norm.values())
     x, weight, bias, _, *factors = norm.values()
     dropped, plain = (seed(7, device), 0.3), (None, 0.0)
-    del lora["bias"]
+    low_rank = lora_backward_args(lora)
+    masked = lora_backward_args(mlae_args(**options), torch.tensor([0.0, 2.0, 2.0], device=device))
     return {
         "kron_linear_backward": (namespace.kron_linear_backward, [grad, *kron.values(), [True] * 4]),
         "kron_linear_backward-x-only": (
@@ -72,13 +87,29 @@ def backward_calls(device="cpu", dtype=torch.float64, factor_dtype=None):
         ),
         "masked_lora_linear_backward": (
             namespace.masked_lora_linear_backward,
-            [lora_grad, *lora.values(), [True] * 6],
+            [lora_grad, *low_rank, [True] * 6],
+        ),
+        "masked_lora_linear_backward-mask": (
+            namespace.masked_lora_linear_backward,
+            [lora_grad, *masked, [True] * 6],
         ),
         "masked_lora_linear_backward-frozen-weight": (
             namespace.masked_lora_linear_backward,
-            [lora_grad, *lora.values(), [True, False, False, True, True, True]],
+            [lora_grad, *low_rank, [True, False, False, True, True, True]],
         ),
     }
+
+
+def lora_backward_args(args, mask=None):
+    """Arguments of masked_lora_linear_backward behind grad_out, for a forward's arguments."""
+    if mask is None:
+        _, code, operand = namespace.masked_lora_linear(*args.values())
+    else:
+        wide = torch.promote_types(args["x"].dtype, torch.float32)
+        mask = mask.to(args["x"].device, wide)
+        _, code, operand, _ = namespace.mlae_linear(*args.values(), 0.0, False)
+    inputs = [value for name, value in args.items() if name != "bias"]
+    return [*inputs, mask, code, operand]
 
 
 def merge_calls(device="cpu", dtype=torch.float64, factor_dtype=None):

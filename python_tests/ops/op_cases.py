@@ -95,6 +95,13 @@ def lora_args(dims=(12, 9, 3), lead=(5,), dtype=torch.float64, factor_dtype=None
     }
 
 
+def mlae_args(dims=(12, 9, 3), expert_rank=2, **options):
+    """Arguments of mlae_linear: dims are in_features, out_features and num_experts."""
+    in_features, out_features, num_experts = dims
+    args = lora_args((in_features, out_features, num_experts * expert_rank), **options)
+    return args | {"coeff": args["coeff"][:1].expand(num_experts) + 0.5 * draw(num_experts).to(args["coeff"])}
+
+
 def small_args(op, device="cpu", **options):
     """Arguments of any op, a few dozen elements each."""
     make = {"layer_norm_alore": layer_norm_args, "masked_lora_linear": lora_args}.get(op, kron_args)

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from op_calls import namespace
-from op_cases import kron_args, layer_norm_args, lora_args
+from op_calls import lora_backward_args, namespace
+from op_cases import kron_args, layer_norm_args, lora_args, mlae_args
 
 DEVICES = ["cpu", "meta", *(["cuda"] if torch.cuda.is_available() else [])]
 
@@ -21,7 +21,9 @@ def base_calls(device):
     statistics = {"mean": torch.zeros(5, device=device), "rstd": torch.ones(5, device=device)}
     x, weight, bias, eps, *_ = norm.values()
     factors = {name: kron[name] for name in ("scale", "down", "up")}
-    no_bias = {name: value for name, value in lora.items() if name != "bias"}
+    backward = ("x", "weight", "lora_a", "lora_b", "coeff", "mask", "code", "operand")
+    mlae = mlae_args(**options)
+    masked = lora_backward_args(mlae, torch.ones(3, device=device))
     square = {"weight": torch.ones(12, 12, device=device), "bias": torch.ones(12, device=device)}
     low_rank = {name: lora[name] for name in ("lora_a", "lora_b", "coeff")}
     return {
@@ -35,7 +37,17 @@ def base_calls(device):
             **{**factors, **plain, "output_mask": [True] * 6},
         },
         "masked_lora_linear": lora,
-        "masked_lora_linear_backward": {"grad_out": lora_grad, **no_bias, "output_mask": [True] * 6},
+        "mlae_linear": {**mlae, "mask_p": 0.5, "training": True},
+        "masked_lora_linear_backward": {
+            "grad_out": lora_grad,
+            **dict(zip(backward, lora_backward_args(lora), strict=True)),
+            "output_mask": [True] * 6,
+        },
+        "masked_lora_linear_backward (mask)": {
+            "grad_out": lora_grad,
+            **dict(zip(backward, masked, strict=True)),
+            "output_mask": [True] * 6,
+        },
         "merge_kron_": {**square, **factors, "side": "before"},
         "merge_lora_": {"weight": lora["weight"], **low_rank},
     }
@@ -151,14 +163,26 @@ STATISTICS = [
 ]
 LORA_FACTORS = [
     Bad("weight", flat, ("weight must be [out_features, in_features]", "[108]")),
-    Bad("lora_a", wider(1), ("lora_a must be [R, in_features]=[R, 12] with R > 0", "[3, 13]")),
+    Bad("lora_a", wider(1), ("lora_a must be [R, in_features]=[R, 12] with R > 0", ", 13]")),
     Bad("lora_a", empty, ("lora_a must be [R, in_features]=[R, 12] with R > 0", "[0, 12]")),
-    Bad("lora_b", wider(0), ("lora_b must be [out_features, R]=[9, 3]", "[10, 3]")),
-    Bad("lora_b", wider(1), ("lora_b must be [out_features, R]=[9, 3]", "[9, 4]")),
-    Bad("coeff", wider(0), ("coeff must be [R]=[3]", "[4]")),
-    Bad("coeff", lambda t: t[None], ("coeff must be [R]=[3]", "[1, 3]")),
+    Bad("lora_b", wider(0), ("lora_b must be [out_features, R]=[9, ", "[10, ")),
+    Bad("lora_b", wider(1), ("lora_b must be [out_features, R]=[9, ", "got [9, ")),
     Bad("lora_b", to(torch.float64), ("lora_b must have lora_a's dtype Float", "Double")),
     Bad("coeff", to(torch.bfloat16), ("coeff must have lora_a's dtype Float", "BFloat16")),
+]
+COEFF = [
+    Bad("coeff", wider(0), ("coeff must be [R]=[3]", "[4]")),
+    Bad("coeff", lambda t: t[None], ("coeff must be [R]=[3]", "[1, 3]")),
+]
+EXPERTS = [
+    Bad("coeff", wider(0), ("coeff must be [num_experts] with num_experts dividing R=6", "[4]")),
+    Bad("coeff", empty, ("coeff must be [num_experts] with num_experts dividing R=6", "[0]")),
+    Bad("coeff", lambda t: t[None], ("coeff must be [num_experts]", "[1, 3]")),
+]
+MASK_P = [
+    Bad("mask_p", 1.0, ("mask_p must be in [0, 1)", "got 1")),
+    Bad("mask_p", -0.5, ("mask_p must be in [0, 1)", "got -0.5")),
+    Bad("mask_p", float("nan"), ("mask_p must be in [0, 1)", "nan")),
 ]
 LORA = [
     *LORA_FACTORS,
@@ -172,6 +196,15 @@ LORA = [
         ("lora_a must be Float (x's dtype)", "Double"),
         {name: to(torch.float64) for name in ("lora_b", "coeff")},
     ),
+]
+LORA_BACKWARD = [
+    Bad("code", wider(1), ("code must be Float [5, ", "as the forward returned it")),
+    Bad("code", to(torch.bfloat16), ("code must be Float", "got BFloat16")),
+    Bad("operand", lambda t: t.new_zeros(8), ("operand must be Float [0]", "got Float [8]")),
+]
+LORA_MASK = [
+    Bad("mask", wider(0), ("mask must be Float [3]", "[4]")),
+    Bad("mask", to(torch.float64), ("mask must be Float [3]", "Double")),
 ]
 LORA_BIAS = [
     Bad("bias", wider(0), ("bias must be [9]", "[10]")),
@@ -209,10 +242,12 @@ BAD = {
     "alore_backward": KRON + RESIDUAL + DROPOUT + GRAD,
     "layer_norm_alore": KRON + RESIDUAL + DROPOUT + NORM + NORM_FORWARD,
     "layer_norm_alore_backward": KRON + RESIDUAL + DROPOUT + NORM + GRAD + STATISTICS,
-    "masked_lora_linear": LORA + LORA_BIAS,
-    "masked_lora_linear_backward": LORA + GRAD,
+    "masked_lora_linear": LORA + COEFF + LORA_BIAS,
+    "mlae_linear": LORA + EXPERTS + LORA_BIAS + MASK_P,
+    "masked_lora_linear_backward": LORA + COEFF + GRAD + LORA_BACKWARD,
+    "masked_lora_linear_backward (mask)": LORA + EXPERTS + GRAD + LORA_BACKWARD + LORA_MASK,
     "merge_kron_": MERGE_KRON,
-    "merge_lora_": MERGE_LORA,
+    "merge_lora_": MERGE_LORA + COEFF,
 }
 CASES = [
     pytest.param(op, bad, id=f"{op}-{bad.argument}-{index}")
@@ -221,23 +256,28 @@ CASES = [
 ]
 
 
+def op_named(call):
+    """A call's name is its op's, with what sets it apart behind it."""
+    return call.partition(" ")[0]
+
+
 def failure(op, arguments):
     with pytest.raises(RuntimeError) as caught:
-        getattr(namespace, op)(*arguments.values())
+        getattr(namespace, op_named(op))(*arguments.values())
     return str(caught.value).splitlines()[0]
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("op", BAD)
 def test_the_good_call_is_good(op, device):
-    getattr(namespace, op)(*base_calls(device)[op].values())
+    getattr(namespace, op_named(op))(*base_calls(device)[op].values())
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("op", "bad"), CASES)
 def test_message(op, bad, device):
     message = failure(op, bad.apply(base_calls(device)[op], device))
-    assert message.startswith(f"{op}: ")
+    assert message.startswith(f"{op_named(op)}: ")
     for part in bad.says:
         assert part in message
 
@@ -259,7 +299,7 @@ def test_one_tensor_on_another_device(op, argument, dropout_p, device):
         call |= {"seed": SEED.to(device), "dropout_p": dropout_p}
     call[argument] = call[argument].to("meta")
     message = failure(op, call)
-    assert message.startswith(f"{op}: ") and "meta" in message and device.type in message
+    assert message.startswith(f"{op_named(op)}: ") and "meta" in message and device.type in message
 
 
 @pytest.mark.parametrize("op", ["kron_linear", "masked_lora_linear"])

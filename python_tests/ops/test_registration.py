@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from op_calls import backward_calls, forward_calls, merge_calls, namespace, requiring_grad
+from op_calls import backward_calls, folding_calls, forward_calls, merge_calls, namespace, requiring_grad
 from torch.library import opcheck
 
 FORWARD, BACKWARD, MERGES = list(forward_calls()), list(backward_calls()), list(merge_calls())
@@ -54,13 +54,19 @@ def test_meta_kernel_of_the_norm_that_narrows(device):
     opcheck(op.default, requiring_grad(arguments))
 
 
+@pytest.mark.parametrize("call", folding_calls())
+def test_folding_forward(call, device):
+    op, arguments = folding_calls(device)[call]
+    assert [t.dtype for t in op(*arguments)[:3]] == [torch.bfloat16] * 3
+    opcheck(op.default, requiring_grad(arguments))
+
+
 @pytest.mark.parametrize("call", FORWARD)
 def test_gradcheck(call, device):
     """Every gradient against finite differences; also undefined and batched incoming gradients, and determinism."""
     op, arguments = forward_calls(device)[call]
-    first = (lambda out: out) if not call.startswith("layer_norm") else (lambda out: out[0])
     assert torch.autograd.gradcheck(
-        lambda *a: first(op(*a)),
+        lambda *a: out if isinstance(out := op(*a), torch.Tensor) else out[0],
         requiring_grad(arguments),
         check_undefined_grad=True,
         check_batched_grad=True,

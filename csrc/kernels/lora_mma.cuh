@@ -1,0 +1,172 @@
+// Fragments of the fused low-rank kernels.
+//
+// A warp takes 16 tokens by a chunk of 32 features. Lane (g, q) = (lane / 4, lane % 4) loads 16 bytes,
+// features 8q to 8q+7 of the chunk, of token g and of token g + 8. A sum over features may take them in any
+// order, so those very registers are operands of mma.m16n8k16 with its k axis permuted, with no trip through
+// shared memory: register i holds columns 2q and 2q+1 of an 8x8 matrix M_i whose column c is feature
+// feature_of(c, i) of the chunk. movmatrix turns M_i where tokens are summed over instead.
+#pragma once
+
+#include "kernels/cuda_common.cuh"
+#include "kernels/lora.h"
+#include "kernels/lora_layout.h"
+#include "kernels/philox.h"
+
+namespace alore::kernels {
+
+struct Lane {
+  int g, q;
+  __device__ __forceinline__ explicit Lane(int lane) : g(lane >> 2), q(lane & 3) {}
+};
+
+// Feature, within its chunk, of column c of register i's matrix.
+__host__ __device__ constexpr int feature_of(int c, int i) { return (c >> 1) * 8 + 2 * i + (c & 1); }
+
+// c[16 x 8] += a[16 x 16] b[16 x 8].
+template <typename T>
+__device__ __forceinline__ void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                                    uint32_t b0, uint32_t b1) {
+  if constexpr (std::is_same_v<T, __half>) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+        "{%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  } else {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+        "{%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  }
+}
+
+// The transpose of an 8x8 matrix of 16-bit values, one row a group of four lanes.
+__device__ __forceinline__ uint32_t turned(uint32_t v) {
+  uint32_t out;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(v));
+  return out;
+}
+
+template <typename T>
+__device__ __forceinline__ uint32_t pack_pair(float low, float high) {
+  const T a = convert<T>(low), b = convert<T>(high);
+  uint16_t bits[2];
+  memcpy(&bits[0], &a, 2);
+  memcpy(&bits[1], &b, 2);
+  return bits[0] | static_cast<uint32_t>(bits[1]) << 16;
+}
+
+template <typename T>
+__device__ __forceinline__ void unpack_pair(uint32_t v, float& low, float& high) {
+  const uint16_t bits[2] = {static_cast<uint16_t>(v), static_cast<uint16_t>(v >> 16)};
+  T a, b;
+  memcpy(&a, &bits[0], 2);
+  memcpy(&b, &bits[1], 2);
+  low = convert<float>(a);
+  high = convert<float>(b);
+}
+
+// sum[tile] += tokens x features times features x rank: `low` and `high` are a lane's loads of tokens g and
+// g + 8, f[tile] its packed factor (lora_pack, the order "reduce").
+template <typename T, int kTiles>
+__device__ __forceinline__ void reduce_chunk(float (&sum)[kTiles][4], const uint4& low, const uint4& high,
+                                             const uint4* f) {
+#pragma unroll
+  for (int tile = 0; tile < kTiles; ++tile) {
+    mma<T>(sum[tile], low.x, high.x, low.y, high.y, f[tile].x, f[tile].y);
+    mma<T>(sum[tile], low.z, high.z, low.w, high.w, f[tile].z, f[tile].w);
+  }
+}
+
+// A code of 16 tokens by 8 * kTiles rank rows in the activation type: pairs of columns 2q, 2q+1 of each tile.
+template <int kTiles>
+struct CodePair {
+  uint32_t low[kTiles], high[kTiles];  // tokens g and g + 8
+};
+
+// v[0..3][0..3] += code times rank x features: afterwards v[i] holds features 8q + 2i, 8q + 2i + 1 of token g
+// (v[i][0], v[i][1]) and of token g + 8. e[tile] is the lane's packed factor, the order "expand".
+template <typename T, int kTiles>
+__device__ __forceinline__ void expand_chunk(float (&v)[4][4], const CodePair<kTiles>& code, const uint4* e) {
+  const uint32_t first[4] = {e[0].x, e[0].y, e[0].z, e[0].w};
+  if constexpr (kTiles == 1) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) mma<T>(v[i], code.low[0], code.high[0], 0u, 0u, first[i], 0u);
+  } else {
+    static_assert(kTiles == 2);
+    const uint32_t second[4] = {e[1].x, e[1].y, e[1].z, e[1].w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      mma<T>(v[i], code.low[0], code.high[0], code.low[1], code.high[1], first[i], second[i]);
+    }
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ uint4 rounded_row(const float (&v)[4][4], int half) {
+  return {pack_pair<T>(v[0][2 * half], v[0][2 * half + 1]), pack_pair<T>(v[1][2 * half], v[1][2 * half + 1]),
+          pack_pair<T>(v[2][2 * half], v[2][2 * half + 1]), pack_pair<T>(v[3][2 * half], v[3][2 * half + 1])};
+}
+
+// The packed factors: [chunks of in][tile][32 lanes] of A to reduce x, the same of A to expand a code of
+// grad_out, then B to reduce grad_out and B to expand the code of x; one uint4 a lane.
+template <int kTiles>
+struct PackedFactors {
+  const uint4 *reduce_a, *expand_a, *reduce_b, *expand_b;
+
+  __host__ __device__ PackedFactors(const void* packed, int64_t in_features, int64_t out_features) {
+    const int64_t a = lora_chunks(in_features) * kTiles * 32, b = lora_chunks(out_features) * kTiles * 32;
+    reduce_a = static_cast<const uint4*>(packed);
+    expand_a = reduce_a + a;
+    reduce_b = expand_a + a;
+    expand_b = reduce_b + b;
+  }
+};
+
+template <int kTiles>
+__device__ __forceinline__ void load_factor(const uint4* packed, int64_t chunk, int lane,
+                                            uint4 (&out)[kTiles]) {
+#pragma unroll
+  for (int tile = 0; tile < kTiles; ++tile) out[tile] = __ldg(packed + (chunk * kTiles + tile) * 32 + lane);
+}
+
+// c as every fused kernel reads it: coeff times mask, 0 in the padded rank rows.
+struct RankScale {
+  const void* coeff;
+  const void* mask;  // null: 1
+  bool wide;         // coeff is float32; otherwise it has the activation type
+  int rank, expert_rank;
+
+  template <typename T>
+  __device__ __forceinline__ float at(int j) const {
+    if (j >= rank) return 0.0f;
+    const int e = j / expert_rank;
+    const float c =
+        wide ? static_cast<const float*>(coeff)[e] : convert<float>(static_cast<const T*>(coeff)[e]);
+    return mask == nullptr ? c : c * static_cast<const float*>(mask)[e];
+  }
+};
+
+inline RankScale rank_scale(const LoraShape& s, const Coefficients& c) {
+  return {c.coeff, c.mask, s.factor == DType::kFloat32, static_cast<int>(s.rank),
+          static_cast<int>(s.expert_rank)};
+}
+
+// The last kernel of lora_fused_backward, whose arguments these are.
+void lora_finish(const CudaContext& context, const LoraShape& shape, const LoraPlan& plan, Factors2 factors,
+                 const RankScale& scale, LoraGradients gradients, void* workspace);
+
+// Calls f(Tag<T>, rank tiles) for a shape that lora_packs.
+template <typename F>
+void dispatch_fused(const LoraShape& s, F&& f) {
+  const auto with_type = [&](auto tag) {
+    if (s.rank <= 8) {
+      f(tag, std::integral_constant<int, 1>{});
+    } else {
+      f(tag, std::integral_constant<int, 2>{});
+    }
+  };
+  if (!lora_packs(s)) throw std::runtime_error("fused low-rank kernels: unsuited shape or dtype");
+  s.activation == DType::kFloat16 ? with_type(Tag<__half>{}) : with_type(Tag<__nv_bfloat16>{});
+}
+
+}  // namespace alore::kernels

@@ -1,0 +1,263 @@
+// The factors as products read them, with the coefficients and this step's mask inside: the mask is drawn by
+// the kernel that first needs it, so that it costs no launch of its own.
+#include "kernels/lora_mma.cuh"
+
+namespace alore::kernels {
+namespace {
+
+constexpr int kThreadsPerBlock = 256;
+
+template <typename Factor>
+struct CoefficientArgs {
+  using Acc = acc_t<Factor>;
+  const Factor* coeff;
+  const Acc* mask;
+  Acc* mask_out;
+  bool draw;
+  uint32_t threshold;  // drop_threshold(p)
+  Acc kept;            // 1 / (1 - p)
+  PhiloxSource philox;
+  int64_t rank, expert_rank;
+
+  CoefficientArgs(const LoraShape& s, const Coefficients& c)
+      : coeff(static_cast<const Factor*>(c.coeff)),
+        mask(static_cast<const Acc*>(c.mask)),
+        mask_out(static_cast<Acc*>(c.mask_out)),
+        draw(c.draw),
+        threshold(drop_threshold(c.p)),
+        kept(static_cast<Acc>(1.0 / (1.0 - c.p))),
+        philox(c.philox),
+        rank(s.rank),
+        expert_rank(s.expert_rank) {}
+
+  __device__ __forceinline__ Acc mask_of(int64_t expert) const {
+    if (mask != nullptr) return mask[expert];
+    if (!draw) return Acc(1);
+    const uint64_t seed = philox.seed_ptr != nullptr ? static_cast<uint64_t>(*philox.seed_ptr) : philox.seed;
+    const uint64_t offset =
+        philox.offset + (philox.offset_ptr != nullptr ? static_cast<uint64_t>(*philox.offset_ptr) : 0);
+    // Experts take the place of torch's threads: another stream each, at the generator's offset.
+    const uint32_t bits = alore::kernels::philox(seed, offset / 4, static_cast<uint64_t>(expert)).v[0];
+    return bits < threshold ? Acc(0) : kept;
+  }
+
+  // c of a rank row; 0 for rows of padding.
+  __device__ __forceinline__ Acc of(int64_t row) const {
+    if (row >= rank) return Acc(0);
+    return convert<Acc>(coeff[row / expert_rank]) * mask_of(row / expert_rank);
+  }
+
+  // By one block of the grid.
+  __device__ __forceinline__ void write_mask() const {
+    if (mask_out == nullptr) return;
+    for (int64_t e = threadIdx.x; e < rank / expert_rank; e += blockDim.x) mask_out[e] = mask_of(e);
+  }
+};
+
+// Calls f(Tag<T>, Tag<Factor>) for factors in the activations' dtype, or in float32 under 16-bit ones.
+template <typename F>
+void dispatch_pair(const LoraShape& s, F&& f) {
+  dispatch(s.activation, [&](auto tag) {
+    if (s.factor == s.activation) {
+      f(tag, tag);
+    } else if (is_16bit(s.activation) && s.factor == DType::kFloat32) {
+      f(tag, Tag<float>{});
+    } else {
+      throw std::runtime_error("low-rank kernels: factors must have the activations' dtype or float32");
+    }
+  });
+}
+
+template <typename T>
+__device__ __forceinline__ uint4 rounded_eight(const float (&v)[8]) {
+  return {pack_pair<T>(v[0], v[1]), pack_pair<T>(v[2], v[3]), pack_pair<T>(v[4], v[5]),
+          pack_pair<T>(v[6], v[7])};
+}
+
+// One thread a uint4 of the packed factors, then of [weight | b c] where that is wanted.
+template <typename T, typename Factor, int kTiles>
+__global__ void __launch_bounds__(kThreadsPerBlock)
+    pack_kernel(int64_t in_features, int64_t out_features, const Factor* __restrict__ a,
+                const Factor* __restrict__ b, CoefficientArgs<Factor> coefficients,
+                uint4* __restrict__ packed, const uint4* __restrict__ weight, uint4* __restrict__ extended) {
+  constexpr int kWidth = 8 * kTiles;
+  __shared__ float c[kWidth];
+  if (threadIdx.x < kWidth) c[threadIdx.x] = coefficients.of(threadIdx.x);
+  if (blockIdx.x == 0) coefficients.write_mask();
+  __syncthreads();
+
+  const int64_t size_a = lora_chunks(in_features) * kTiles * 32,
+                size_b = lora_chunks(out_features) * kTiles * 32;
+  const int64_t index = blockIdx.x * int64_t{kThreadsPerBlock} + threadIdx.x;
+  const int64_t rank = coefficients.rank;
+  if (index >= 2 * (size_a + size_b)) {
+    const int64_t at = index - 2 * (size_a + size_b), per_row = in_features / 8, columns = per_row + kTiles;
+    if (extended == nullptr || at >= out_features * columns) return;
+    const int64_t row = at / columns, column = at % columns;
+    if (column < per_row) {
+      extended[at] = weight[row * per_row + column];
+      return;
+    }
+    float v[8];
+#pragma unroll
+    for (int k = 0; k < 8; ++k) {
+      const int64_t j = (column - per_row) * 8 + k;
+      v[k] = j < rank && c[j] != 0.0f ? c[j] * convert<float>(b[row * rank + j]) : 0.0f;
+    }
+    extended[at] = rounded_eight<T>(v);
+    return;
+  }
+  const bool is_a = index < 2 * size_a;
+  const int64_t in_factor = is_a ? index : index - 2 * size_a, size = is_a ? size_a : size_b;
+  const bool expands = in_factor >= size;
+  const int64_t within = expands ? in_factor - size : in_factor;
+  const auto [g, q] = Lane(static_cast<int>(within % 32));
+  const int tile = static_cast<int>(within / 32 % kTiles);
+  const int64_t first = within / (32 * kTiles) * kChunk, features = is_a ? in_features : out_features;
+
+  float v[8];
+#pragma unroll
+  for (int k = 0; k < 8; ++k) {
+    const int j = tile * 8 + (expands ? 2 * q + (k & 1) : g);
+    const int64_t feature = first + (expands ? feature_of(g, k >> 1) : q * 8 + k);
+    v[k] = 0.0f;
+    if (j >= rank || feature >= features) continue;
+    // A to reduce x keeps masked rows, whose code the coefficients' gradient needs.
+    if (is_a) {
+      if (!expands || c[j] != 0.0f) v[k] = convert<float>(a[j * in_features + feature]);
+    } else if (c[j] != 0.0f) {
+      v[k] = c[j] * convert<float>(b[feature * rank + j]);
+    }
+  }
+  packed[index] = rounded_eight<T>(v);
+}
+
+// Row-major, for matrix products: a [width, in], b [out, width], effective [width].
+template <typename T, typename Factor>
+__global__ void __launch_bounds__(kThreadsPerBlock)
+    pack_rows_kernel(int64_t in_features, int64_t out_features, int64_t width, const Factor* __restrict__ a,
+                     const Factor* __restrict__ b, CoefficientArgs<Factor> coefficients, bool clear_a,
+                     bool clear_b, T* __restrict__ out_a, T* __restrict__ out_b,
+                     acc_t<T>* __restrict__ effective) {
+  const int64_t rank = coefficients.rank, size_a = width * in_features, size_b = out_features * width;
+  const int64_t start = blockIdx.x * int64_t{blockDim.x} + threadIdx.x,
+                step = int64_t{gridDim.x} * blockDim.x;
+  if (blockIdx.x == 0) coefficients.write_mask();
+  for (int64_t i = start; i < width; i += step) effective[i] = coefficients.of(i);
+  for (int64_t i = start; i < size_a; i += step) {
+    const int64_t j = i / in_features;
+    const bool zero = j >= rank || (clear_a && coefficients.of(j) == 0);
+    out_a[i] = zero ? convert<T>(0.0f) : convert<T>(a[i]);
+  }
+  for (int64_t i = start; i < size_b; i += step) {
+    const int64_t j = i % width;
+    const bool zero = j >= rank || (clear_b && coefficients.of(j) == 0);
+    out_b[i] = zero ? convert<T>(0.0f) : convert<T>(b[i / width * rank + j]);
+  }
+}
+
+constexpr int kFoldRows = 8, kFoldRank = 64;
+
+// A block folds 8 rows by 256 columns; a thread reads each entry of A once for all 8.
+template <typename T, typename Factor>
+__global__ void __launch_bounds__(kThreadsPerBlock)
+    fold_kernel(int64_t in_features, int64_t out_features, const float* __restrict__ weight,
+                const Factor* __restrict__ a, const Factor* __restrict__ b,
+                CoefficientArgs<Factor> coefficients, T* __restrict__ folded) {
+  __shared__ float scaled[kFoldRank][kFoldRows];  // c b^T of the block's rows
+  __shared__ bool live[kFoldRank];
+  const int64_t column = blockIdx.x * int64_t{kThreadsPerBlock} + threadIdx.x,
+                first = blockIdx.y * int64_t{kFoldRows};
+  const int64_t rank = coefficients.rank;
+  if (blockIdx.x == 0 && blockIdx.y == 0) coefficients.write_mask();
+  float sum[kFoldRows] = {};
+  for (int64_t from = 0; from < rank; from += kFoldRank) {
+    const int count = static_cast<int>(min(rank - from, int64_t{kFoldRank}));
+    __syncthreads();
+    for (int i = threadIdx.x; i < count * kFoldRows; i += kThreadsPerBlock) {
+      const int j = i / kFoldRows, row = i % kFoldRows;
+      const float c = coefficients.of(from + j);
+      if (row == 0) live[j] = c != 0.0f;
+      const bool read = c != 0.0f && first + row < out_features;
+      scaled[j][row] = read ? c * convert<float>(b[(first + row) * rank + from + j]) : 0.0f;
+    }
+    __syncthreads();
+    if (column >= in_features) continue;
+    for (int j = 0; j < count; ++j) {
+      if (!live[j]) continue;
+      const float value = convert<float>(a[(from + j) * in_features + column]);
+#pragma unroll
+      for (int row = 0; row < kFoldRows; ++row) sum[row] = fmaf(scaled[j][row], value, sum[row]);
+    }
+  }
+  if (column >= in_features) return;
+#pragma unroll
+  for (int row = 0; row < kFoldRows; ++row) {
+    if (first + row >= out_features) break;
+    const int64_t at = (first + row) * in_features + column;
+    folded[at] = convert<T>(weight[at] + sum[row]);
+  }
+}
+
+}  // namespace
+
+void lora_pack(const CudaContext& context, const LoraShape& s, Factors2 factors,
+               const Coefficients& coefficients, void* packed, const void* weight, void* extended) {
+  const int64_t width = lora_code_width(s.activation, s.rank);
+  const int64_t vectors =
+      (lora_operand_elements(s) + (extended == nullptr ? 0 : s.out_features * (s.in_features + width))) / 8;
+  const auto blocks = static_cast<unsigned>((vectors + kThreadsPerBlock - 1) / kThreadsPerBlock);
+  dispatch_fused(s, [&](auto tag, auto rank_tiles) {
+    using T = typename decltype(tag)::type;
+    constexpr int kTiles = decltype(rank_tiles)::value;
+    const auto launch = [&](auto factor_tag) {
+      using Factor = typename decltype(factor_tag)::type;
+      pack_kernel<T, Factor, kTiles><<<blocks, kThreadsPerBlock, 0, context.stream>>>(
+          s.in_features, s.out_features, static_cast<const Factor*>(factors.a),
+          static_cast<const Factor*>(factors.b), CoefficientArgs<Factor>(s, coefficients),
+          static_cast<uint4*>(packed), static_cast<const uint4*>(weight), static_cast<uint4*>(extended));
+    };
+    s.factor == DType::kFloat32 ? launch(Tag<float>{}) : launch(tag);
+  });
+  check_launch("lora_pack");
+}
+
+void lora_pack_rows(const CudaContext& context, const LoraShape& s, Factors2 factors,
+                    const Coefficients& coefficients, bool clear_a, bool clear_b, void* a, void* b,
+                    void* effective) {
+  const int64_t width = lora_code_width(s.activation, s.rank);
+  dispatch_pair(s, [&](auto tag, auto factor_tag) {
+    using T = typename decltype(tag)::type;
+    using Factor = typename decltype(factor_tag)::type;
+    const unsigned grid = grid_for(width * std::max(s.in_features, s.out_features));
+    pack_rows_kernel<T, Factor><<<grid, kThreadsPerBlock, 0, context.stream>>>(
+        s.in_features, s.out_features, width, static_cast<const Factor*>(factors.a),
+        static_cast<const Factor*>(factors.b), CoefficientArgs<Factor>(s, coefficients), clear_a, clear_b,
+        static_cast<T*>(a), static_cast<T*>(b), static_cast<acc_t<T>*>(effective));
+  });
+  check_launch("lora_pack_rows");
+}
+
+void lora_fold(const CudaContext& context, const LoraShape& s, Factors2 factors,
+               const Coefficients& coefficients, const void* weight, void* folded) {
+  const int64_t row_blocks = (s.out_features + kFoldRows - 1) / kFoldRows;
+  constexpr int64_t kMaxGridY = 65535;
+  if (row_blocks > kMaxGridY) throw std::runtime_error("lora_fold: more than 524,280 output features");
+  const dim3 grid(static_cast<unsigned>((s.in_features + kThreadsPerBlock - 1) / kThreadsPerBlock),
+                  static_cast<unsigned>(row_blocks));
+  dispatch_pair(s, [&](auto tag, auto factor_tag) {
+    using T = typename decltype(tag)::type;
+    using Factor = typename decltype(factor_tag)::type;
+    if constexpr (std::is_same_v<T, __nv_bfloat16> || std::is_same_v<T, __half>) {
+      fold_kernel<T, Factor><<<grid, kThreadsPerBlock, 0, context.stream>>>(
+          s.in_features, s.out_features, static_cast<const float*>(weight),
+          static_cast<const Factor*>(factors.a), static_cast<const Factor*>(factors.b),
+          CoefficientArgs<Factor>(s, coefficients), static_cast<T*>(folded));
+    } else {
+      throw std::runtime_error("lora_fold: only for 16-bit activations");
+    }
+  });
+  check_launch("lora_fold");
+}
+
+}  // namespace alore::kernels
