@@ -223,7 +223,7 @@ __device__ __forceinline__ void store_branch(const ForwardParams<In, Out>& p, Ou
 #pragma unroll
     for (int j = 0; j < 8; ++j) y.v[j] += x.v[j];
   }
-  *reinterpret_cast<uint4*>(to) = pack8<Out>(y);
+  store_16(to, pack8<Out>(y));
 }
 
 // What a kernel is compiled for. The two fast paths fix at compile time what training a backbone asks for: blocks of
@@ -437,8 +437,8 @@ __global__ void __launch_bounds__(kGroups == 8 ? 192 : 256, std::is_same_v<In, f
         if (live0) store_branch(p, here0, output_row(acc, 0), base[i][0]);
         if (live1) store_branch(p, here1, output_row(acc, 1), base[i][1]);
       } else {
-        if (live0) *reinterpret_cast<uint4*>(here0) = pack8<Out>(output_row(acc, 0));
-        if (live1) *reinterpret_cast<uint4*>(here1) = pack8<Out>(output_row(acc, 1));
+        if (live0) store_16(here0, pack8<Out>(output_row(acc, 0)));
+        if (live1) store_16(here1, pack8<Out>(output_row(acc, 1)));
       }
     }
   }
