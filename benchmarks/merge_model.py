@@ -17,7 +17,9 @@ from pathlib import Path
 
 import timm
 import torch
-from train_step import DTYPES, commit, synchronize
+from steps.report import commit
+from steps.timing import synchronize
+from train_step import DTYPES
 
 import alore_ext as ae
 from alore_ext import ops

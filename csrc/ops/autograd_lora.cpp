@@ -27,6 +27,7 @@ class MaskedLoraLinear : public torch::autograd::Function<MaskedLoraLinear> {
     ctx->save_for_backward({x, weight, lora_a, lora_b, coeff, Tensor(), code, operand});
     ctx->saved_data["has_bias"] = is_given(bias);
     ctx->mark_non_differentiable({code, operand});
+    ctx->set_materialize_grads(false);
     return {y, code, operand};
   }
 
@@ -46,6 +47,7 @@ class MlaeLinear : public torch::autograd::Function<MlaeLinear> {
     ctx->save_for_backward({x, weight, lora_a, lora_b, coeff, mask, code, operand});
     ctx->saved_data["has_bias"] = is_given(bias);
     ctx->mark_non_differentiable({code, operand, mask});
+    ctx->set_materialize_grads(false);
     return {y, code, operand, mask};
   }
 
