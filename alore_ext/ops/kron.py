@@ -7,6 +7,13 @@ from .._extension import _C
 
 _SEED_RANGE = (-(2**63), 2**63 - 1)
 
+# Bound once: a training step at a small batch waits for the host, and looking an operator up by name takes as long as
+# a good part of the call.
+_kron_linear = torch.ops.alore_ext.kron_linear.default
+_alore = torch.ops.alore_ext.alore.default
+_layer_norm_alore = torch.ops.alore_ext.layer_norm_alore.default
+_add_layer_norm_alore = torch.ops.alore_ext.add_layer_norm_alore.default
+
 
 def _draw_seed(x: Tensor, dropout_p: float, training: bool) -> tuple[Tensor | None, float]:
     """A dropout seed from torch's generator of x's device; (None, 0) where nothing is dropped.
@@ -33,7 +40,7 @@ def kron_linear(x: Tensor, scale: Tensor, down: Tensor, up: Tensor) -> Tensor:
     Returns:
         ``[..., s_out * p_out]``, x's dtype.
     """
-    return torch.ops.alore_ext.kron_linear(x, scale, down, up)
+    return _kron_linear(x, scale, down, up)
 
 
 def alore(x: Tensor, scale: Tensor, down: Tensor, up: Tensor, dropout_p: float = 0.0, training: bool = True) -> Tensor:
@@ -48,8 +55,8 @@ def alore(x: Tensor, scale: Tensor, down: Tensor, up: Tensor, dropout_p: float =
     Raises:
         ValueError: dropout_p outside [0, 1).
     """
-    seed, p = _draw_seed(x, dropout_p, training)
-    return torch.ops.alore_ext.alore(x, scale, down, up, seed, p)
+    seed, p = (None, 0.0) if dropout_p == 0.0 else _draw_seed(x, dropout_p, training)
+    return _alore(x, scale, down, up, seed, p)
 
 
 def layer_norm_alore(
@@ -78,11 +85,10 @@ def layer_norm_alore(
         Like x; under autocast, float32 x gives the autocast dtype. With a residual, that and the sum. Backward keeps
         x (or the sum), one mean and one reciprocal standard deviation a token, and recomputes the rest.
     """
-    seed, p = _draw_seed(x, dropout_p, training)
-    ops = torch.ops.alore_ext
+    seed, p = (None, 0.0) if dropout_p == 0.0 else _draw_seed(x, dropout_p, training)
     if residual is None:
-        return ops.layer_norm_alore(x, weight, bias, eps, scale, down, up, seed, p)[0]
-    return ops.add_layer_norm_alore(x, residual, weight, bias, eps, scale, down, up, seed, p)[:2]
+        return _layer_norm_alore(x, weight, bias, eps, scale, down, up, seed, p)[0]
+    return _add_layer_norm_alore(x, residual, weight, bias, eps, scale, down, up, seed, p)[:2]
 
 
 def plan_alore(

@@ -5,6 +5,9 @@ from torch import Tensor
 
 from .._extension import _C
 
+_masked_lora_linear = torch.ops.alore_ext.masked_lora_linear.default
+_mlae_linear = torch.ops.alore_ext.mlae_linear.default
+
 
 def masked_lora_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, coeff: Tensor
@@ -24,7 +27,7 @@ def masked_lora_linear(
     Returns:
         ``[..., out_features]``, x's dtype.
     """
-    return torch.ops.alore_ext.masked_lora_linear(x, weight, bias, lora_a, lora_b, coeff)[0]
+    return _masked_lora_linear(x, weight, bias, lora_a, lora_b, coeff)[0]
 
 
 def mlae_linear(
@@ -57,7 +60,7 @@ def mlae_linear(
     Raises:
         RuntimeError: mask_p outside [0, 1), or a shape, dtype or device that does not fit.
     """
-    return torch.ops.alore_ext.mlae_linear(x, weight, bias, lora_a, lora_b, coeff, mask_p, training)[0]
+    return _mlae_linear(x, weight, bias, lora_a, lora_b, coeff, mask_p, training)[0]
 
 
 def plan_lora(

@@ -53,32 +53,17 @@ __device__ __forceinline__ float lanes_sum(float v, bool all) {
   return v;
 }
 
-// Where this thread starts among rows of 16-byte pieces, and how far it moves when it steps by the block's threads.
-struct PieceLane {
-  int row, column, row_step, column_step;
-  __device__ explicit PieceLane(int pieces)
-      : row(threadIdx.x / pieces),
-        column(threadIdx.x % pieces),
-        row_step(blockDim.x / pieces),
-        column_step(blockDim.x % pieces) {}
-};
-
-// Rows that lie one after the other in global memory, into shared rows `stride` elements apart. Rows from live_rows on
-// become zeros.
+// Rows that lie one after the other in global memory, into shared rows `stride` elements apart; rows from live_rows on
+// become zeros. Sixteen bytes a thread at a time.
 template <typename T>
-__device__ __forceinline__ void copy_rows(T* to, int stride, const T* from, int rows, int live_rows, int pieces,
-                                          const PieceLane& lane) {
+__device__ __forceinline__ void copy_rows(T* to, int stride, const T* from, int rows, int live_rows, int pieces) {
   constexpr int kPiece = 16 / sizeof(T);
-  int row = lane.row, column = lane.column;
-  const T* source = from + static_cast<int64_t>(threadIdx.x) * kPiece;
+  const FastDivide by_row(pieces);
 #pragma unroll 1
-  while (row < rows) {
+  for (int i = threadIdx.x; i < rows * pieces; i += blockDim.x) {
+    const int row = by_row.quotient(i), column = (i - row * pieces) * kPiece;
     const bool live = row < live_rows;
-    copy_async_16(to + row * stride + column * kPiece, live ? source : from, live);
-    source += blockDim.x * kPiece;
-    column += lane.column_step;
-    row += lane.row_step;
-    if (column >= pieces) column -= pieces, ++row;
+    copy_async_16(to + row * stride + column, from + (live ? i * kPiece : 0), live);
   }
 }
 
@@ -125,18 +110,47 @@ __global__ void __launch_bounds__(max_threads(kBlocks), 1)
   const int64_t tiles = (p.num_tokens + rows - 1) / rows;
   const int code_elements = row_blocks * kTileRows * padded;  // of one key split
 
-  constexpr int kXPiece = 16 / sizeof(In);
-  const int x_pieces = dim / kXPiece, grad_pieces = dim / 8;
-  const PieceLane x_lane(x_pieces), grad_lane(grad_pieces);
+  // Whole rows by the bulk copy engine where there is one: a thread a row, in place of all threads a piece each.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  constexpr bool kBulk = true;
+#else
+  constexpr bool kBulk = false;
+#endif
+  __shared__ uint64_t landings[kMaxStages];
+  if constexpr (kBulk) {
+    if (threadIdx.x < p.stages) landing_init(landings + threadIdx.x);
+    __syncthreads();
+  }
   // Rows past the end arrive as zeros, gradient included: they add nothing anywhere.
   const auto load_stage = [&](int64_t tile, int stage) {
     if (tile < tiles) {
       unsigned char* to = at(layout.stages + stage * layout.stage_bytes);
       const int64_t first = tile * rows;
       const int live_rows = static_cast<int>(min(p.num_tokens - first, static_cast<int64_t>(rows)));
-      copy_rows(reinterpret_cast<In*>(to), layout.x_stride, p.x + first * dim, rows, live_rows, x_pieces, x_lane);
-      copy_rows(reinterpret_cast<Out*>(to + layout.grad), layout.grad_stride, p.grad_out + first * dim, rows, live_rows,
-                grad_pieces, grad_lane);
+      auto* x_to = reinterpret_cast<In*>(to);
+      auto* grad_to = reinterpret_cast<Out*>(to + layout.grad);
+      if constexpr (kBulk) {
+        const int x_bytes = dim * static_cast<int>(sizeof(In)), grad_bytes = dim * static_cast<int>(sizeof(Out));
+        if (warp == 0) {
+          if (lane == 0) landing_expect(landings + stage, live_rows * (x_bytes + grad_bytes));
+          __syncwarp();
+          for (int row = lane; row < live_rows; row += 32) {
+            copy_bulk(x_to + row * layout.x_stride, p.x + (first + row) * dim, x_bytes, landings + stage);
+            copy_bulk(grad_to + row * layout.grad_stride, p.grad_out + (first + row) * dim, grad_bytes,
+                      landings + stage);
+          }
+        }
+        for (int row = live_rows + warp; row < rows; row += warps) {
+          for (int i = lane; i < dim; i += 32) {
+            x_to[row * layout.x_stride + i] = convert<In>(0.0f);
+            grad_to[row * layout.grad_stride + i] = convert<Out>(0.0f);
+          }
+        }
+      } else {
+        constexpr int kXPiece = 16 / sizeof(In);
+        copy_rows(x_to, layout.x_stride, p.x + first * dim, rows, live_rows, dim / kXPiece);
+        copy_rows(grad_to, layout.grad_stride, p.grad_out + first * dim, rows, live_rows, dim / 8);
+      }
       if (norm && threadIdx.x < rows) {
         const bool live = first + threadIdx.x < p.num_tokens;
         const int64_t from = live ? first + threadIdx.x : 0;
@@ -201,6 +215,7 @@ __global__ void __launch_bounds__(max_threads(kBlocks), 1)
   float scale_sum[kBlocks][kBlocks] = {};  // of code column threadIdx.x % padded
 
   int stage = 0;
+  unsigned parity = 0;
 #pragma unroll 1
   for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
     if (p.stages > 1) {
@@ -213,6 +228,7 @@ __global__ void __launch_bounds__(max_threads(kBlocks), 1)
       load_stage(tile, 0);
       copy_async_wait<0>();
     }
+    if constexpr (kBulk) landing_wait(landings + stage, parity);
     __syncthreads();
     if (p.stages > 1) {
       // Into the stage that the previous tile has left.
@@ -451,6 +467,7 @@ __global__ void __launch_bounds__(max_threads(kBlocks), 1)
       }
     }
     stage = stage + 1 == p.stages ? 0 : stage + 1;
+    if (stage == 0) parity ^= 1;
   }
   copy_async_wait<0>();
   __syncthreads();
@@ -543,8 +560,8 @@ __global__ void __launch_bounds__(32 * kReduceLanes)
 template <typename In, typename Out, int kBlocks, int kItems, Path kPath>
 void launch(const CudaContext& context, const AloreBackwardPlan& plan, const BackwardParams<In, Out>& params) {
   const auto kernel = alore_backward_kernel<In, Out, kBlocks, kItems, kPath>;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes),
-        "alore_backward");
+  static SharedMemoryGrants grants;
+  grants.allow(reinterpret_cast<const void*>(kernel), plan.shared_bytes, "alore_backward");
   kernel<<<plan.blocks, 32 * plan.warps, plan.shared_bytes, context.stream>>>(params);
   check_launch("alore_backward");
 }

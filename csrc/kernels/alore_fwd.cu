@@ -231,7 +231,8 @@ __device__ __forceinline__ void store_branch(const ForwardParams<In, Out>& p, Ou
 enum class Path { kNorm, kBare, kGeneral };
 
 template <typename In, typename Out, int kGroups, Path kPath>
-__global__ void __launch_bounds__(kGroups == 8 ? 192 : 256, std::is_same_v<In, float> ? 1 : 2)
+__global__ void __launch_bounds__(32 * forward_warps(kGroups, sizeof(In) == 4, kPath != Path::kBare).of_block,
+                                  forward_warps(kGroups, sizeof(In) == 4, kPath != Path::kBare).blocks)
     alore_forward_kernel(const __grid_constant__ ForwardParams<In, Out> p) {
   extern __shared__ __align__(128) unsigned char shared[];
   __shared__ float columns[8];  // of each warp of a tile
@@ -448,8 +449,8 @@ __global__ void __launch_bounds__(kGroups == 8 ? 192 : 256, std::is_same_v<In, f
 template <typename In, typename Out, int kGroups, Path kPath>
 void launch(const CudaContext& context, const AloreForwardPlan& plan, const ForwardParams<In, Out>& params) {
   const auto kernel = alore_forward_kernel<In, Out, kGroups, kPath>;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes),
-        "alore_forward");
+  static SharedMemoryGrants grants;
+  grants.allow(reinterpret_cast<const void*>(kernel), plan.shared_bytes, "alore_forward");
   kernel<<<plan.blocks, 32 * plan.warps_per_tile * plan.tiles_per_block, plan.shared_bytes, context.stream>>>(params);
   check_launch("alore_forward");
 }

@@ -8,6 +8,7 @@ inline constexpr int kGroupColumns = 32;  // columns of a group: 8 a lane, 4 lan
 inline constexpr int kCodeTile = 16;      // code columns of an mma tile
 inline constexpr int kMaxBlocks = 8;      // of a token, in the fused kernels
 inline constexpr int kMaxCodeWidth = 64;
+inline constexpr int kMaxStages = 4;  // tiles on their way into shared memory, in backward
 
 constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 constexpr int max_of(int a, int b) { return a > b ? a : b; }
@@ -49,6 +50,17 @@ struct AdapterDims {
   int mixing_bytes() const { return num_blocks * num_blocks * padded_width * 4; }
   int affine_bytes() const { return (embed_dim + kGroupColumns) * 4; }
 };
+
+// Warps that share a multiprocessor in forward: by the registers that a lane's rows and the work on them take, so that
+// nothing spills.
+struct ForwardWarps {
+  int of_block, blocks;  // warps of a block at most, blocks of a multiprocessor
+};
+constexpr ForwardWarps forward_warps(int groups_per_warp, bool wide_input, bool norm) {
+  if (wide_input) return {8, 1};
+  if (groups_per_warp == 4 || (groups_per_warp == 6 && !norm)) return {8, 2};
+  return groups_per_warp == 6 ? ForwardWarps{12, 1} : ForwardWarps{6, 2};
+}
 
 // A forward thread's own stage: its pieces of 16 bytes, and one more, so that an odd stride keeps neighbours' accesses
 // in different banks.

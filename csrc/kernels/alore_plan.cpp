@@ -7,7 +7,6 @@
 namespace alore::kernels {
 namespace {
 
-constexpr int kMaxStages = 4;
 
 AdapterDims dims_of(const AloreShape& s) {
   return {static_cast<int>(s.num_blocks), static_cast<int>(s.block_dim), static_cast<int>(s.width())};
@@ -38,7 +37,7 @@ bool choose_groups(const AloreShape& s, const AdapterDims& d, AloreForwardPlan& 
   for (int groups : {6, 8, 4}) {
     if (wide && groups == 8) continue;  // fp32 rows would not fit the registers
     const int warps = ceil_div(d.groups, groups);
-    if (warps > (groups == 8 ? 6 : 8)) continue;
+    if (warps > std::min(8, forward_warps(groups, wide, s.norm).of_block)) continue;
     const int waste = warps * groups - d.groups;
     if (best_waste >= 0 && waste >= best_waste) continue;
     best_waste = waste;
@@ -63,8 +62,8 @@ AloreForwardPlan plan_alore_forward(const AloreShape& s, const DeviceLimits& dev
   }
   const int64_t tiles = (s.num_tokens + kTileRows - 1) / kTileRows;
   plan.even = s.block_dim % kGroupColumns == 0 && plan.warps_per_tile * plan.groups_per_warp == d.groups;
-  const int most_warps = plan.groups_per_warp == 8 ? 6 : 8;  // of a block, by the registers that a warp takes
-  for (plan.tiles_per_block = std::max(1, most_warps / plan.warps_per_tile);; --plan.tiles_per_block) {
+  const ForwardWarps most = forward_warps(plan.groups_per_warp, s.input == DType::kFloat32, s.norm);
+  for (plan.tiles_per_block = std::max(1, most.of_block / plan.warps_per_tile);; --plan.tiles_per_block) {
     plan.shared_bytes = ForwardLayout(d, plan.groups_per_warp, plan.warps_per_tile, plan.tiles_per_block, s.norm,
                                       s.input == DType::kFloat32)
                             .bytes;
@@ -75,7 +74,7 @@ AloreForwardPlan plan_alore_forward(const AloreShape& s, const DeviceLimits& dev
     }
   }
   const int threads = 32 * plan.warps_per_tile * plan.tiles_per_block;
-  const int by_registers = std::max(1, (s.input == DType::kFloat32 ? 1 : 2) * most_warps * 32 / threads);
+  const int by_registers = std::max(1, most.blocks * most.of_block * 32 / threads);
   const int by_shared = std::max<int>(1, static_cast<int>((device.shared_per_block + 1024) / (plan.shared_bytes + 1024)));
   const int resident = device.num_sms * std::min(by_registers, by_shared);
   plan.blocks = clamp_int((tiles + plan.tiles_per_block - 1) / plan.tiles_per_block, 1, resident);

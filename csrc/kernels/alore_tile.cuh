@@ -7,6 +7,7 @@
 #pragma once
 
 #include "kernels/alore_layout.h"
+#include "kernels/async_copy.cuh"
 #include "kernels/cuda_common.cuh"
 #include "kernels/philox.h"
 
@@ -91,25 +92,6 @@ __device__ __forceinline__ uint32_t transpose8x8(uint32_t v) {
   uint32_t out;
   asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(v));
   return out;
-}
-
-__device__ __forceinline__ void copy_async_16(void* shared, const void* global, bool valid) {
-  const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(valid ? 16 : 0)
-               : "memory");
-}
-
-__device__ __forceinline__ void copy_async_4(void* shared, const void* global, bool valid) {
-  const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(global), "r"(valid ? 4 : 0)
-               : "memory");
-}
-
-__device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-template <int kPending>
-__device__ __forceinline__ void copy_async_wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
 // 16 bytes in one instruction: left to itself the compiler may split a load, and split ones conflict.

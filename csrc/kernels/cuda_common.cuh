@@ -6,6 +6,8 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <array>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -22,6 +24,35 @@ inline void check(cudaError_t status, const char* what) {
 }
 
 inline void check_launch(const char* kernel) { check(cudaGetLastError(), kernel); }
+
+// What a kernel may ask for beyond 48 KiB of shared memory, raised once a device rather than at every launch. One
+// static object a kernel; `kernel` is always the same one or one of a few that share the largest grant.
+class SharedMemoryGrants {
+ public:
+  void allow(const void* kernel, int bytes, const char* what) {
+    int device = 0;
+    check(cudaGetDevice(&device), what);
+    for (Grant& grant : grants_) {
+      const std::lock_guard lock(mutex_);
+      if (grant.kernel == nullptr) grant = {kernel, device, 0};
+      if (grant.kernel != kernel || grant.device != device) continue;
+      if (bytes > grant.bytes) {
+        check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), what);
+        grant.bytes = bytes;
+      }
+      return;
+    }
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), what);
+  }
+
+ private:
+  struct Grant {
+    const void* kernel = nullptr;
+    int device = 0, bytes = 0;
+  };
+  std::mutex mutex_;
+  std::array<Grant, 16> grants_;  // devices of one process; more simply ask every time
+};
 
 template <typename T>
 using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;

@@ -77,7 +77,7 @@ bool CudaBackend::fused_forward(const AloreCall& call, const Tensor& out, const 
   }
   if (f.shape.num_tokens == 0) return true;
   const Tensor x = aligned(call.x), residual = aligned(call.residual);
-  kernels::alore_forward(current_context(), f.shape, plan,
+  kernels::alore_forward(stream_context(), f.shape, plan,
                          {.x = read(x),
                           .residual = read(residual),
                           .norm = f.norm(call),
@@ -106,7 +106,7 @@ bool CudaBackend::fused_backward(const AloreCall& call, const Tensor& grad_out, 
   const Tensor x = aligned(call.x), grad = aligned(grad_out), more = aligned(grad_sum);
   grads = {at::empty_like(f.scale), at::empty_like(f.down), at::empty_like(f.up)};
   const Tensor workspace = bytes(plan.workspace_bytes, x);
-  kernels::alore_backward(current_context(), f.shape, plan,
+  kernels::alore_backward(stream_context(), f.shape, plan,
                           {.grad_out = read(grad),
                            .grad_sum = read(more),
                            .sum = read(x),

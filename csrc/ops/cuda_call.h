@@ -13,6 +13,9 @@ inline kernels::CudaContext current_context() {
   return {at::cuda::getCurrentCUDAStream().stream(), at::cuda::getCurrentCUDABlasHandle()};
 }
 
+// For launches that call no cuBLAS: fetching the handle takes longer than a launch.
+inline kernels::CudaContext stream_context() { return {at::cuda::getCurrentCUDAStream().stream(), nullptr}; }
+
 inline Tensor bytes(size_t count, const Tensor& like) {
   return at::empty({static_cast<int64_t>(count)}, like.options().dtype(at::kByte));
 }
