@@ -110,17 +110,6 @@ __global__ void __launch_bounds__(max_threads(kBlocks), 1)
   const int64_t tiles = (p.num_tokens + rows - 1) / rows;
   const int code_elements = row_blocks * kTileRows * padded;  // of one key split
 
-  // Whole rows by the bulk copy engine where there is one: a thread a row, in place of all threads a piece each.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  constexpr bool kBulk = true;
-#else
-  constexpr bool kBulk = false;
-#endif
-  __shared__ uint64_t landings[kMaxStages];
-  if constexpr (kBulk) {
-    if (threadIdx.x < p.stages) landing_init(landings + threadIdx.x);
-    __syncthreads();
-  }
   // Rows past the end arrive as zeros, gradient included: they add nothing anywhere.
   const auto load_stage = [&](int64_t tile, int stage) {
     if (tile < tiles) {
@@ -129,28 +118,9 @@ __global__ void __launch_bounds__(max_threads(kBlocks), 1)
       const int live_rows = static_cast<int>(min(p.num_tokens - first, static_cast<int64_t>(rows)));
       auto* x_to = reinterpret_cast<In*>(to);
       auto* grad_to = reinterpret_cast<Out*>(to + layout.grad);
-      if constexpr (kBulk) {
-        const int x_bytes = dim * static_cast<int>(sizeof(In)), grad_bytes = dim * static_cast<int>(sizeof(Out));
-        if (warp == 0) {
-          if (lane == 0) landing_expect(landings + stage, live_rows * (x_bytes + grad_bytes));
-          __syncwarp();
-          for (int row = lane; row < live_rows; row += 32) {
-            copy_bulk(x_to + row * layout.x_stride, p.x + (first + row) * dim, x_bytes, landings + stage);
-            copy_bulk(grad_to + row * layout.grad_stride, p.grad_out + (first + row) * dim, grad_bytes,
-                      landings + stage);
-          }
-        }
-        for (int row = live_rows + warp; row < rows; row += warps) {
-          for (int i = lane; i < dim; i += 32) {
-            x_to[row * layout.x_stride + i] = convert<In>(0.0f);
-            grad_to[row * layout.grad_stride + i] = convert<Out>(0.0f);
-          }
-        }
-      } else {
-        constexpr int kXPiece = 16 / sizeof(In);
-        copy_rows(x_to, layout.x_stride, p.x + first * dim, rows, live_rows, dim / kXPiece);
-        copy_rows(grad_to, layout.grad_stride, p.grad_out + first * dim, rows, live_rows, dim / 8);
-      }
+      constexpr int kXPiece = 16 / sizeof(In);
+      copy_rows(x_to, layout.x_stride, p.x + first * dim, rows, live_rows, dim / kXPiece);
+      copy_rows(grad_to, layout.grad_stride, p.grad_out + first * dim, rows, live_rows, dim / 8);
       if (norm && threadIdx.x < rows) {
         const bool live = first + threadIdx.x < p.num_tokens;
         const int64_t from = live ? first + threadIdx.x : 0;
@@ -215,7 +185,6 @@ __global__ void __launch_bounds__(max_threads(kBlocks), 1)
   float scale_sum[kBlocks][kBlocks] = {};  // of code column threadIdx.x % padded
 
   int stage = 0;
-  unsigned parity = 0;
 #pragma unroll 1
   for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
     if (p.stages > 1) {
@@ -228,7 +197,6 @@ __global__ void __launch_bounds__(max_threads(kBlocks), 1)
       load_stage(tile, 0);
       copy_async_wait<0>();
     }
-    if constexpr (kBulk) landing_wait(landings + stage, parity);
     __syncthreads();
     if (p.stages > 1) {
       // Into the stage that the previous tile has left.
@@ -467,7 +435,6 @@ __global__ void __launch_bounds__(max_threads(kBlocks), 1)
       }
     }
     stage = stage + 1 == p.stages ? 0 : stage + 1;
-    if (stage == 0) parity ^= 1;
   }
   copy_async_wait<0>();
   __syncthreads();
