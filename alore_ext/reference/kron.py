@@ -52,12 +52,21 @@ def layer_norm_alore(
     up: Tensor,
     dropout_p: float = 0.0,
     training: bool = True,
-) -> Tensor:
-    """alore(layer_norm(x)) over the last dimension; `weight` and `bias` are [embed_dim] or None."""
+    residual: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """alore(layer_norm(x)) over the last dimension; `weight` and `bias` are [embed_dim] or None.
+
+    With a residual, of x's shape and dtype, the norm acts on x + residual rounded to that dtype.
+
+    Returns:
+        Like x; with a residual that and the sum.
+    """
     dtype = compute_dtype(x, weight, bias, scale, down, up)
-    values, weight, bias = cast(dtype, x, weight, bias)
+    total = x if residual is None else (x.to(dtype) + residual.to(dtype)).to(x.dtype)
+    values, weight, bias = cast(dtype, total, weight, bias)
     normed = F.layer_norm(values, x.shape[-1:], weight, bias, eps)
-    return alore(normed, scale, down, up, dropout_p, training).to(x.dtype)
+    y = alore(normed, scale, down, up, dropout_p, training).to(x.dtype)
+    return y if residual is None else (y, total)
 
 
 def kron_weight(scale: Tensor, down: Tensor, up: Tensor) -> Tensor:

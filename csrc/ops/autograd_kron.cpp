@@ -10,6 +10,7 @@ class KronLinear : public torch::autograd::Function<KronLinear> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& scale, const Tensor& down,
                         const Tensor& up) {
     const at::AutoDispatchBelowADInplaceOrView below;
+    ctx->set_materialize_grads(false);
     ctx->save_for_backward({x, scale, down, up});
     return kron_linear_op().call(x, scale, down, up);
   }
@@ -30,6 +31,7 @@ class Alore : public torch::autograd::Function<Alore> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& scale, const Tensor& down,
                         const Tensor& up, const OptTensor& seed, double dropout_p) {
     const at::AutoDispatchBelowADInplaceOrView below;
+    ctx->set_materialize_grads(false);
     ctx->save_for_backward({x, scale, down, up, unwrap(seed)});
     ctx->saved_data["dropout_p"] = dropout_p;
     return alore_op().call(x, scale, down, up, seed, dropout_p);
@@ -69,6 +71,7 @@ class LayerNormAlore : public torch::autograd::Function<LayerNormAlore> {
     ctx->saved_data["dropout_p"] = dropout_p;
     ctx->saved_data["has_residual"] = residual.has_value();
     ctx->saved_data["y_dtype"] = static_cast<int64_t>(y.scalar_type());
+    ctx->set_materialize_grads(false);  // else zeros for mean, rstd and an unused sum, in every backward
     ctx->mark_non_differentiable({mean, rstd});
     ctx->set_materialize_grads(false);  // else the engine fills two tensors with zeros a call
     if (!residual.has_value()) return {y, mean, rstd};

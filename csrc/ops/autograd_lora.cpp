@@ -26,6 +26,7 @@ class MaskedLoraLinear : public torch::autograd::Function<MaskedLoraLinear> {
     auto [y, code, operand] = masked_lora_linear_op().call(x, weight, bias, lora_a, lora_b, coeff);
     ctx->save_for_backward({x, weight, lora_a, lora_b, coeff, Tensor(), code, operand});
     ctx->saved_data["has_bias"] = is_given(bias);
+    ctx->set_materialize_grads(false);  // else zeros for code and operand, in every backward
     ctx->mark_non_differentiable({code, operand});
     ctx->set_materialize_grads(false);
     return {y, code, operand};
@@ -46,6 +47,7 @@ class MlaeLinear : public torch::autograd::Function<MlaeLinear> {
         mlae_linear_op().call(x, weight, bias, lora_a, lora_b, coeff, mask_p, training);
     ctx->save_for_backward({x, weight, lora_a, lora_b, coeff, mask, code, operand});
     ctx->saved_data["has_bias"] = is_given(bias);
+    ctx->set_materialize_grads(false);
     ctx->mark_non_differentiable({code, operand, mask});
     ctx->set_materialize_grads(false);
     return {y, code, operand, mask};

@@ -104,6 +104,13 @@ void check_floating(const char* op, const char* name, const Tensor& t) {
               " must be float64, float32, bfloat16 or float16, got ", t.scalar_type());
 }
 
+void check_named_grad(const char* op, const char* name, const Tensor& grad, c10::SymIntArrayRef sizes,
+                      const Tensor& like, at::ScalarType dtype) {
+  TORCH_CHECK(grad.sym_sizes() == sizes, op, ": ", name, " must be ", sizes, ", got ", grad.sym_sizes());
+  TORCH_CHECK(grad.scalar_type() == dtype, op, ": ", name, " must be ", dtype, ", got ", grad.scalar_type());
+  check_device(op, name, grad, like);
+}
+
 }  // namespace
 
 kernels::DType kernel_dtype(at::ScalarType type) {
@@ -213,7 +220,7 @@ void check_norm_backward(const Tensor& grad_out, const Tensor& x, const OptTenso
   check_dropout(op, x, seed, dropout_p);
   check_norm_grad(op, grad_out, x);
   if (grad_sum.has_value() && grad_sum->defined()) {
-    check_grad(op, *grad_sum, x.sym_sizes(), x, x.scalar_type());
+    check_named_grad(op, "grad_sum", *grad_sum, x.sym_sizes(), x, x.scalar_type());
   }
 }
 
@@ -263,11 +270,7 @@ void check_merge_lora(const char* op, const Tensor& weight, const Tensor& lora_a
 
 void check_grad(const char* op, const Tensor& grad_out, c10::SymIntArrayRef sizes, const Tensor& like,
                 at::ScalarType dtype) {
-  TORCH_CHECK(grad_out.sym_sizes() == sizes, op, ": grad_out must be ", sizes, ", got ",
-              grad_out.sym_sizes());
-  TORCH_CHECK(grad_out.scalar_type() == dtype, op, ": grad_out must be ", dtype, ", got ",
-              grad_out.scalar_type());
-  check_device(op, "grad_out", grad_out, like);
+  check_named_grad(op, "grad_out", grad_out, sizes, like, dtype);
 }
 
 void check_norm_grad(const char* op, const Tensor& grad_out, const Tensor& x) {

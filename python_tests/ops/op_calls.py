@@ -1,7 +1,7 @@
 """Calls of every op in the `torch.ops.alore_ext` namespace, backward and in-place ones included, as (op, arguments)."""
 
 import torch
-from op_cases import draw, kron_args, layer_norm_args, lora_args, mlae_args
+from op_cases import draw, kron_args, layer_norm_args, lora_args, mlae_args, residual_args
 
 namespace = torch.ops.alore_ext
 
@@ -14,6 +14,7 @@ def forward_calls(device="cpu", dtype=torch.float64, factor_dtype=None):
     """The differentiable ops, with the variants of their optional arguments."""
     options = {"device": device, "dtype": dtype, "factor_dtype": factor_dtype}
     kron, norm, lora = kron_args(**options), layer_norm_args(**options), lora_args(**options)
+    added = residual_args(**options)
     dropped = (seed(7, device), 0.3)
     low = () if dtype != torch.float32 else (None, 0.0, torch.bfloat16)
     return {
@@ -31,6 +32,12 @@ def forward_calls(device="cpu", dtype=torch.float64, factor_dtype=None):
             [*(norm | {"weight": None, "bias": None}).values()],
         ),
         "layer_norm_alore-weight-only": (namespace.layer_norm_alore, [*(norm | {"bias": None}).values()]),
+        "add_layer_norm_alore": (namespace.add_layer_norm_alore, [*added.values(), *low]),
+        "add_layer_norm_alore-dropout": (namespace.add_layer_norm_alore, [*added.values(), *dropped]),
+        "add_layer_norm_alore-no-affine": (
+            namespace.add_layer_norm_alore,
+            [*(added | {"weight": None, "bias": None}).values()],
+        ),
         "masked_lora_linear": (namespace.masked_lora_linear, [*lora.values()]),
         "masked_lora_linear-no-bias": (namespace.masked_lora_linear, [*(lora | {"bias": None}).values()]),
         "mlae_linear": (namespace.mlae_linear, [*mlae_args(**options).values(), 0.0, True]),
@@ -54,7 +61,7 @@ def backward_calls(device="cpu", dtype=torch.float64, factor_dtype=None):
     """The backward ops, asked for all gradients and for some."""
     options = {"device": device, "dtype": dtype, "factor_dtype": factor_dtype}
     kron, norm, lora = kron_args(**options), layer_norm_args(**options), lora_args(**options)
-    grad = draw(*kron["x"].shape, dtype=dtype, device=device)
+    grad, grad_sum = (draw(*kron["x"].shape, dtype=dtype, device=device) for _ in range(2))
     lora_grad = draw(5, lora["weight"].shape[0], dtype=dtype, device=device)
     _, mean, rstd = namespace.layer_norm_alore(*norm.values())
     x, weight, bias, _, *factors = norm.values()
@@ -84,6 +91,18 @@ def backward_calls(device="cpu", dtype=torch.float64, factor_dtype=None):
         "layer_norm_alore_backward-no-affine": (
             namespace.layer_norm_alore_backward,
             [grad, x, None, None, mean, rstd, *factors, *plain, [True, False, False, True, True, True]],
+        ),
+        "layer_norm_alore_backward-sum": (
+            namespace.layer_norm_alore_backward,
+            [grad, x, weight, bias, mean, rstd, *factors, *plain, [True] * 6, grad_sum],
+        ),
+        "layer_norm_alore_backward-sum-dropout": (
+            namespace.layer_norm_alore_backward,
+            [grad, x, None, None, mean, rstd, *factors, *dropped, [True, False, False, True, True, True], grad_sum],
+        ),
+        "layer_norm_alore_backward-sum-factors-only": (
+            namespace.layer_norm_alore_backward,
+            [grad, x, weight, bias, mean, rstd, *factors, *plain, [False] * 3 + [True] * 3, grad_sum],
         ),
         "masked_lora_linear_backward": (
             namespace.masked_lora_linear_backward,

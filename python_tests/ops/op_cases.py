@@ -79,6 +79,13 @@ def layer_norm_args(dims=SMALL, lead=(5,), dtype=torch.float64, factor_dtype=Non
     return {"x": x, "weight": weight, "bias": draw(x.shape[-1], gain=0.3, **affine), "eps": 1e-6, **kron}
 
 
+def residual_args(*args, **options):
+    """Arguments of add_layer_norm_alore: those of layer_norm_alore, a residual behind x."""
+    norm = layer_norm_args(*args, **options)
+    x = norm.pop("x")
+    return {"x": x, "residual": draw(*x.shape, dtype=x.dtype, device=x.device), **norm}
+
+
 def lora_args(dims=(12, 9, 3), lead=(5,), dtype=torch.float64, factor_dtype=None, device="cpu"):
     """Arguments of masked_lora_linear; dims are in_features, out_features, R. Every third coefficient is 0."""
     in_features, out_features, rank = dims
@@ -108,6 +115,36 @@ def small_args(op, device="cpu", **options):
     return make(device=device, **options)
 
 
+def strided(t):
+    """Every other element of a tensor twice as wide."""
+    return torch.stack([t, torch.full_like(t, torch.nan)], dim=-1).flatten(-2)[..., ::2]
+
+
+def transposed(t):
+    """First and last axis trade places in memory."""
+    return t.transpose(0, -1).contiguous().transpose(0, -1)
+
+
+def expanded(t):
+    """One slice seen along the whole first axis: stride 0."""
+    return t[:1].expand_as(t)
+
+
+def misaligned(t):
+    """Contiguous, but one element past an aligned address."""
+    return torch.cat([t.new_full((1,), torch.nan), t.flatten()])[1:].view_as(t)
+
+
+def negated(t):
+    """A view whose negative bit is set: the values are in memory with the other sign."""
+    view = torch.complex(torch.zeros_like(t), -t).conj().imag
+    assert view.is_neg()
+    return view
+
+
+LAYOUTS = [strided, transposed, expanded, misaligned, negated]
+
+
 def leaves(args, requires_grad=None):
     """Copies of the arguments that share storage and strides, and require grad (all, or those named)."""
     out = {}
@@ -118,13 +155,13 @@ def leaves(args, requires_grad=None):
     return out
 
 
-def run(library, op, args, grad_out=None):
-    """Output and, where grad_out is given, the gradients by name of all tensor arguments."""
-    inputs = leaves(args)
+def run(library, op, args, grad_out=None, names=None):
+    """Output and, where grad_out is given, the gradients by name of all tensor arguments, or of those named."""
+    inputs = leaves(args, names)
     y = getattr(library, op)(*inputs.values())
     if grad_out is None:
         return y.detach(), {}
-    wanted = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+    wanted = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor) and value.requires_grad}
     return y.detach(), dict(zip(wanted, torch.autograd.grad(y, list(wanted.values()), grad_out), strict=True))
 
 
@@ -136,63 +173,6 @@ def output_like(op, args):
     """A random grad_out of the op's output shape."""
     like = getattr(reference, op)(*args.values())
     return draw(*like.shape, dtype=like.dtype, device=like.device)
-
-
-# Roundings allowed beside eager's error. In float64 the oracle is no more exact than what it judges.
-SLACK = {torch.float64: 4096, torch.float32: 16, torch.bfloat16: 1, torch.float16: 1}
-
-
-def assert_within_budget(got, oracle, eager, what, times=2):
-    """error(got) <= times * error(eager) + a rounding or so, both in the largest and in the mean square error.
-
-    Eager's result is first brought to got's dtype: an op that rounds its output may, where eager does not.
-    """
-    assert got.shape == oracle.shape, what
-    if got.numel() == 0:
-        return
-    eager = eager.to(got.dtype)
-    assert eager.isfinite().all(), f"{what}: eager overflows, so it sets no budget"
-    slack = torch.finfo(got.dtype).eps * SLACK[got.dtype]
-    for norm in (lambda t: t.abs().max(), lambda t: t.square().mean().sqrt()):
-        error, allowed = norm(got.double() - oracle), times * norm(eager.double() - oracle) + slack * norm(oracle)
-        assert error <= allowed, f"{what}: error {error:.3e}, allowed {allowed:.3e}"
-
-
-def assert_matches_oracle(op, args):
-    """Forward and every gradient of one call against float64, with eager's error as the measure.
-
-    Where an argument is a single number, its gradient is one sum, and how two implementations' errors in it compare is
-    partly chance: such calls are judged over several upstream gradients together, and more loosely. (float16 and
-    bfloat16, 150 seeds: the ratio of the errors is 0.6 in the median and 2.3 at worst.)
-    """
-    single = any(torch.is_tensor(arg) and arg.numel() == 1 for arg in args.values())
-    draws, times = (8, 3) if single else (1, 2)
-    results = []
-    for _ in range(draws):
-        grad_out = output_like(op, args)
-        got, eager = run(ops, op, args, grad_out), run(EAGER, op, args, grad_out)
-        results.append((got, run(reference, op, to_double(args), grad_out.double()), eager))
-        assert got[0].dtype == args["x"].dtype
-
-    def together(pick):
-        return [torch.stack([pick(*outcome) for outcome in draw]) for draw in zip(*results, strict=True)]
-
-    assert_within_budget(*together(lambda output, _: output), f"{op} output", times)
-    for name, grad in results[0][0][1].items():
-        assert grad.dtype == args[name].dtype, name
-        assert_within_budget(*together(lambda _, grads, name=name: grads[name]), f"{op} gradient of {name}", times)
-
-
-def assert_close_to_oracle(op, args, grad_out=None, tolerance=1e-10):
-    """Forward and every gradient of one float64 call against the oracle, relative to its largest element."""
-    grad_out = output_like(op, args) if grad_out is None else grad_out
-    got, got_grads = run(ops, op, args, grad_out)
-    oracle, oracle_grads = run(reference, op, args, grad_out)
-    for name, a, b in [("output", got, oracle), *((n, g, oracle_grads[n]) for n, g in got_grads.items())]:
-        largest = b.abs().max().item() if b.numel() else 0.0
-        torch.testing.assert_close(
-            a, b, rtol=0, atol=tolerance * max(largest, 1.0), msg=lambda m, name=name: f"{op} {name}: {m}"
-        )
 
 
 def _eager_kron_linear(x, scale, down, up):
@@ -222,3 +202,61 @@ EAGER = SimpleNamespace(
     layer_norm_alore=_eager_layer_norm_alore,
     masked_lora_linear=_eager_masked_lora_linear,
 )
+
+
+# Roundings allowed beside eager's error. In float64 the oracle is no more exact than what it judges.
+SLACK = {torch.float64: 4096, torch.float32: 16, torch.bfloat16: 1, torch.float16: 1}
+
+
+def assert_within_budget(got, oracle, eager, what, times=2):
+    """error(got) <= times * error(eager) + a rounding or so, both in the largest and in the mean square error.
+
+    Eager's result is first brought to got's dtype: an op that rounds its output may, where eager does not.
+    """
+    assert got.shape == oracle.shape, what
+    if got.numel() == 0:
+        return
+    eager = eager.to(got.dtype)
+    assert eager.isfinite().all(), f"{what}: eager overflows, so it sets no budget"
+    slack = torch.finfo(got.dtype).eps * SLACK[got.dtype]
+    for norm in (lambda t: t.abs().max(), lambda t: t.square().mean().sqrt()):
+        error, allowed = norm(got.double() - oracle), times * norm(eager.double() - oracle) + slack * norm(oracle)
+        assert error <= allowed, f"{what}: error {error:.3e}, allowed {allowed:.3e}"
+
+
+def assert_matches_oracle(op, args, names=None, library=ops, oracle=reference, eager=EAGER):
+    """Forward and every gradient (or those named) of one call against float64, with eager's error as the measure.
+
+    Where an argument is a single number, its gradient is one sum, and how two implementations' errors in it compare is
+    partly chance: such calls are judged over several upstream gradients together, and more loosely. (float16 and
+    bfloat16, 150 seeds: the ratio of the errors is 0.6 in the median and 2.3 at worst.)
+    """
+    single = any(torch.is_tensor(arg) and arg.numel() == 1 for arg in args.values())
+    draws, times = (8, 3) if single else (1, 2)
+    results = []
+    for _ in range(draws):
+        grad_out = output_like(op, args)
+        got = run(library, op, args, grad_out, names)
+        exact = run(oracle, op, to_double(args), grad_out.double(), names)
+        results.append((got, exact, run(eager, op, args, grad_out, names)))
+        assert got[0].dtype == args["x"].dtype
+
+    def together(pick):
+        return [torch.stack([pick(*outcome) for outcome in draw]) for draw in zip(*results, strict=True)]
+
+    assert_within_budget(*together(lambda output, _: output), f"{op} output", times)
+    for name, grad in results[0][0][1].items():
+        assert grad.dtype == args[name].dtype, name
+        assert_within_budget(*together(lambda _, grads, name=name: grads[name]), f"{op} gradient of {name}", times)
+
+
+def assert_close_to_oracle(op, args, grad_out=None, tolerance=1e-10):
+    """Forward and every gradient of one float64 call against the oracle, relative to its largest element."""
+    grad_out = output_like(op, args) if grad_out is None else grad_out
+    got, got_grads = run(ops, op, args, grad_out)
+    oracle, oracle_grads = run(reference, op, args, grad_out)
+    for name, a, b in [("output", got, oracle), *((n, g, oracle_grads[n]) for n, g in got_grads.items())]:
+        largest = b.abs().max().item() if b.numel() else 0.0
+        torch.testing.assert_close(
+            a, b, rtol=0, atol=tolerance * max(largest, 1.0), msg=lambda m, name=name: f"{op} {name}: {m}"
+        )

@@ -4,46 +4,19 @@ import pytest
 import torch
 from op_cases import (
     KRON_OPS,
+    LAYOUTS,
     OPS,
     assert_close_to_oracle,
     assert_matches_oracle,
     kron_args,
+    misaligned,
     output_like,
     run,
     small_args,
+    strided,
 )
 
 from alore_ext import ops
-
-
-def strided(t):
-    """Every other element of a tensor twice as wide."""
-    return torch.stack([t, torch.full_like(t, torch.nan)], dim=-1).flatten(-2)[..., ::2]
-
-
-def transposed(t):
-    """First and last axis trade places in memory."""
-    return t.transpose(0, -1).contiguous().transpose(0, -1)
-
-
-def expanded(t):
-    """One slice seen along the whole first axis: stride 0."""
-    return t[:1].expand_as(t)
-
-
-def misaligned(t):
-    """Contiguous, but one element past an aligned address."""
-    return torch.cat([t.new_full((1,), torch.nan), t.flatten()])[1:].view_as(t)
-
-
-def negated(t):
-    """A view whose negative bit is set: the values are in memory with the other sign."""
-    view = torch.complex(torch.zeros_like(t), -t).conj().imag
-    assert view.is_neg()
-    return view
-
-
-LAYOUTS = [strided, transposed, expanded, misaligned, negated]
 
 
 def tensor_names(args):

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from op_calls import lora_backward_args, namespace
-from op_cases import kron_args, layer_norm_args, lora_args, mlae_args
+from op_cases import kron_args, layer_norm_args, lora_args, mlae_args, residual_args
 
 DEVICES = ["cpu", "meta", *(["cuda"] if torch.cuda.is_available() else [])]
 
@@ -21,6 +21,10 @@ def base_calls(device):
     statistics = {"mean": torch.zeros(5, device=device), "rstd": torch.ones(5, device=device)}
     x, weight, bias, eps, *_ = norm.values()
     factors = {name: kron[name] for name in ("scale", "down", "up")}
+    norm_backward = {
+        **{"grad_out": grad, "x": x, "weight": weight, "bias": bias, **statistics},
+        **{**factors, **plain, "output_mask": [True] * 6},
+    }
     backward = ("x", "weight", "lora_a", "lora_b", "coeff", "mask", "code", "operand")
     mlae = mlae_args(**options)
     masked = lora_backward_args(mlae, torch.ones(3, device=device))
@@ -32,10 +36,9 @@ def base_calls(device):
         "alore": {**kron, **plain},
         "alore_backward": {"grad_out": grad, **kron, **plain, "output_mask": [True] * 4},
         "layer_norm_alore": {**norm, **plain, "out_dtype": None},
-        "layer_norm_alore_backward": {
-            **{"grad_out": grad, "x": x, "weight": weight, "bias": bias, **statistics},
-            **{**factors, **plain, "output_mask": [True] * 6},
-        },
+        "add_layer_norm_alore": {**residual_args(**options), **plain, "out_dtype": None},
+        "layer_norm_alore_backward": norm_backward,
+        "layer_norm_alore_backward (sum)": {**norm_backward, "grad_sum": grad},
         "masked_lora_linear": lora,
         "mlae_linear": {**mlae, "mask_p": 0.5, "training": True},
         "masked_lora_linear_backward": {
@@ -150,10 +153,20 @@ NORM_FORWARD = [
     Bad("eps", float("nan"), ("eps must not be negative", "nan")),
     Bad("out_dtype", torch.float64, ("out_dtype must be x's dtype, or 16-bit for a Float x", "Double for Float")),
 ]
+ADDED = [
+    Bad("residual", lambda t: t[:4], ("residual must have x's shape [5, 12]", "got [4, 12]")),
+    Bad("residual", lambda t: t[0], ("residual must have x's shape [5, 12]", "got [12]")),
+    Bad("residual", to(torch.bfloat16), ("residual must have x's dtype Float", "got BFloat16")),
+    Bad("residual", to(torch.float64), ("residual must have x's dtype Float", "got Double")),
+]
 GRAD = [
     Bad("grad_out", lambda t: t[:4], ("grad_out must be [5, ", "got [4, ")),
     Bad("grad_out", lambda t: t[0], ("grad_out must be [5, ", "got [")),
     Bad("grad_out", to(torch.float64), ("grad_out must be ", "Double")),
+]
+GRAD_SUM = [
+    Bad("grad_sum", lambda t: t[:4], ("grad_sum must be [5, 12]", "got [4, 12]")),
+    Bad("grad_sum", to(torch.bfloat16), ("grad_sum must be Float", "got BFloat16")),
 ]
 STATISTICS = [
     Bad("mean", lambda t: t[:4], ("mean must be [5]", "[4]")),
@@ -241,6 +254,9 @@ BAD = {
     "alore": KRON + RESIDUAL + DROPOUT,
     "alore_backward": KRON + RESIDUAL + DROPOUT + GRAD,
     "layer_norm_alore": KRON + RESIDUAL + DROPOUT + NORM + NORM_FORWARD,
+    # NORM's last case has a 16-bit x, which a float32 residual does not go with.
+    "add_layer_norm_alore": KRON + RESIDUAL + DROPOUT + NORM[:-1] + NORM_FORWARD + ADDED,
+    "layer_norm_alore_backward (sum)": GRAD_SUM,
     "layer_norm_alore_backward": KRON + RESIDUAL + DROPOUT + NORM + GRAD + STATISTICS,
     "masked_lora_linear": LORA + COEFF + LORA_BIAS,
     "mlae_linear": LORA + EXPERTS + LORA_BIAS + MASK_P,

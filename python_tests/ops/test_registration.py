@@ -47,8 +47,9 @@ def test_meta_kernels_in_sixteen_bit(call, device):
     opcheck(op.default, arguments, test_utils=["test_schema", "test_faketensor"])
 
 
-def test_meta_kernel_of_the_norm_that_narrows(device):
-    op, arguments = forward_calls(device, torch.float32)["layer_norm_alore"]
+@pytest.mark.parametrize("call", ["layer_norm_alore", "add_layer_norm_alore"])
+def test_meta_kernel_of_the_norm_that_narrows(call, device):
+    op, arguments = forward_calls(device, torch.float32)[call]
     assert arguments[-1] == torch.bfloat16
     assert op(*arguments)[0].dtype == torch.bfloat16
     opcheck(op.default, requiring_grad(arguments))
@@ -65,8 +66,10 @@ def test_folding_forward(call, device):
 def test_gradcheck(call, device):
     """Every gradient against finite differences; also undefined and batched incoming gradients, and determinism."""
     op, arguments = forward_calls(device)[call]
+    count = 2 if op == namespace.add_layer_norm_alore else 1  # of outputs that have a gradient: y and the sum
+
     assert torch.autograd.gradcheck(
-        lambda *a: out if isinstance(out := op(*a), torch.Tensor) else out[0],
+        lambda *a: out if isinstance(out := op(*a), torch.Tensor) else out[:count],
         requiring_grad(arguments),
         check_undefined_grad=True,
         check_batched_grad=True,

@@ -35,6 +35,14 @@ def test_alore_and_layer_norm():
     torch.testing.assert_close(reference.layer_norm_alore(x, weight, bias, 1e-6, scale, down, up), expected)
 
 
+def test_a_residual_is_added_in_front_of_the_norm():
+    factors_ = factors(4, 4, 4, 3, 3, 2)
+    x, residual = torch.randn(5, 12).double(), torch.randn(5, 12).double()
+    y, total = reference.layer_norm_alore(x, None, None, 1e-6, *factors_, residual=residual)
+    torch.testing.assert_close(total, x + residual)
+    torch.testing.assert_close(y, reference.layer_norm_alore(x + residual, None, None, 1e-6, *factors_))
+
+
 def test_dropout_is_on_the_branch_alone():
     scale, down, up = factors(2, 2, 2, 8, 8, 2)
     x = torch.randn(64, 16, dtype=torch.float64)
