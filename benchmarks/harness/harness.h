@@ -1,9 +1,14 @@
 // The C++ benchmark harness: each case is checked against a float64 oracle, then timed. No torch, no Python.
 //
-//   arguments.cpp  what to run: options and suites        cases_cpu.cpp    the CPU kernels
-//   problem.cpp    inputs                                 cases_cuda.cpp   the adapter's CUDA kernels
-//   oracle.cpp     expected results                       extras_cuda.cpp  merges and the masked low-rank
-//   linear check.cpp      dtypes, and errors held to tolerances  table.cpp        the table and its JSON
+// arguments.cpp     what to run: options and suites
+// problem.cpp       a case's inputs
+// oracle.cpp        its expected results
+// check.cpp         dtypes on the host, and errors held to tolerances
+// cases_cpu.cpp     the CPU kernels
+// cuda_support.cpp  device memory and timing; the copy and the dense products that a row stands beside
+// cases_cuda.cpp    the adapter's CUDA kernels
+// extras_cuda.cpp   merges and the masked low-rank linear
+// table.cpp         the table and its JSON
 #pragma once
 
 #include <cstdint>
@@ -83,7 +88,7 @@ Expected oracle(const Problem& problem);
 
 struct Row {
   Case c;
-  std::string device, path;         // path: "fused" or "general"; "cpu"
+  std::string device, path;         // path: "fused", "general"; "grouped" (merges); "cpu"
   std::string worst;                // the result furthest from its oracle, as a share of its tolerance
   double error = 0, tolerance = 0;  // of `worst`: |result - oracle| / |oracle|
   std::vector<std::string> failures;

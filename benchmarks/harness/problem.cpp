@@ -64,7 +64,7 @@ Problem make_problem(const Case& c) {
                    .factor = factor};
   Source source;
   // Not centred: a norm has something to subtract.
-  problem.x = source.normal(problem.rows * c.dim, 0.5, 1.0, c.dtype);
+  problem.x = source.normal(problem.rows * c.dim, 1.0, 1.0, c.dtype);
   if (c.backward) problem.grad_out = source.normal(problem.rows * c.dim, 0.0, 1.0, c.dtype);
   if (c.map == Map::kMaskedLora) {
     const double spread = 1.0 / std::sqrt(c.dim);
