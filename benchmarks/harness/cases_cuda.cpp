@@ -171,7 +171,8 @@ void run_kron(Row& row, const Problem& problem, const Expected& expected, const 
 }  // namespace
 
 Row run_cuda(const Problem& problem, const Expected& expected, const Settings& settings) {
-  const Session session;
+  // One for all cases, and never destroyed: at exit the CUDA runtime may be gone first.
+  static const Session& session = *new Session;
   Row row{.c = problem.c, .device = "cuda"};
   if (problem.c.map == Map::kMergeKron) {
     run_merge(row, problem, expected, settings, session);
