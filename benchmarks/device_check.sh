@@ -30,8 +30,9 @@ for stage in "$@"; do
     harness)
       cmake -S . -B build/harness -DCMAKE_CUDA_ARCHITECTURES=90a -DALORE_CUDA_WHEEL="$(python3 -c 'import nvidia.cu13 as m; print(list(m.__path__)[0])' 2> /dev/null)" > "$OUT/cmake.log" 2>&1 &&
         cmake --build build/harness -j "$(nproc)" >> "$OUT/cmake.log" 2>&1
-      for op in layer_norm_alore kron_linear; do
-        run "harness $op" "harness_$op.log" build/harness/alore_bench --op $op --tokens 50432 --dim 768 --experts 4 --rank 4 --dtype bf16
+      run "harness ctest" harness_ctest.log ctest --test-dir build/harness --output-on-failure
+      for suite in vit_b swin_b; do
+        run "harness $suite" "harness_$suite.log" build/harness/alore_bench --suite $suite --json "$OUT/harness_$suite.json"
       done ;;
     steps) run "train_step" steps.log env PYTHONPATH=. python3 benchmarks/train_step.py --out "$OUT" ;;
     merge) run "merge_model" merge.log env PYTHONPATH=. python3 benchmarks/merge_model.py --json "$OUT/merge_model.json" ;;

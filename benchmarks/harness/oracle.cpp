@@ -1,134 +1,218 @@
+// Expected results in float64: the equations of kernels/kron.h and kernels/lora.h as they stand there, and
+// their derivatives, row by row.
 #include <algorithm>
-#include <cmath>
-#include <cstring>
-#include <random>
+#include <mutex>
 
 #include "harness.h"
+#include "parallel.h"
 
 namespace alore::harness {
 namespace {
 
-using kernels::DType;
+// Sums of the factors' gradients over one thread's rows.
+struct Sums {
+  std::vector<double> scale, down, up;
 
-void fill(std::vector<double>& v, int64_t size, double spread, DType dtype, std::mt19937_64& rng) {
-  std::normal_distribution<double> normal(0.0, spread);
-  v.resize(size);
-  for (double& e : v) e = round_to(normal(rng), dtype);
-}
-
-}  // namespace
-
-double round_to(double value, DType dtype) {
-  switch (dtype) {
-    case DType::kFloat64:
-      return value;
-    case DType::kFloat32:
-      return static_cast<float>(value);
-    case DType::kFloat16:
-      return static_cast<double>(static_cast<_Float16>(value));
-    case DType::kBFloat16: {
-      const float f = static_cast<float>(value);
-      uint32_t bits;
-      std::memcpy(&bits, &f, sizeof bits);
-      bits += 0x7fff + ((bits >> 16) & 1);
-      bits &= 0xffff0000u;
-      float rounded;
-      std::memcpy(&rounded, &bits, sizeof rounded);
-      return rounded;
-    }
+  explicit Sums(const Problem& p) : scale(p.scale.size()), down(p.down.size()), up(p.up.size()) {}
+  void add_to(Expected& e) const {
+    for (size_t i = 0; i < scale.size(); ++i) e.scale[i] += scale[i];
+    for (size_t i = 0; i < down.size(); ++i) e.down[i] += down[i];
+    for (size_t i = 0; i < up.size(); ++i) e.up[i] += up[i];
   }
-  return value;
+};
+
+// How often row t counts in a sum over all tokens.
+double multiplicity(const Problem& p, int64_t row) {
+  double sum = 0;
+  for (int64_t t = row; t < p.c.tokens; t += p.rows) sum += p.in_tail(t) ? p.tail_weight : 1.0;
+  return sum;
 }
 
-double tolerance_of(DType dtype) {
-  switch (dtype) {
-    case DType::kFloat64:
-      return 1e-12;
-    case DType::kFloat32:
-      return 1e-5;
-    case DType::kFloat16:
-      return 2e-3;
-    default:
-      return 1.5e-2;
+// One token of the Kronecker map. code and mixed are [n blocks, n experts, r], as Z and H of kernels/kron.h.
+class KronRow {
+ public:
+  explicit KronRow(const Problem& p)
+      : p_(p),
+        d(p.c.dim),
+        n(p.c.experts),
+        b_(p.shape.p_in),
+        r(p.c.rank),
+        base_(d),
+        normed_(d),
+        code_(n * n * r),
+        mixed_(code_.size()),
+        grad_mixed_(code_.size()),
+        grad_code_(code_.size()),
+        grad_(d) {}
+
+  void forward(int64_t t, double* out) {
+    encode(t);
+    for (int64_t b = 0; b < n; ++b)
+      for (int64_t i = 0; i < b_; ++i) {
+        double sum = p_.c.adds_base() ? base_[b * b_ + i] : 0.0;
+        for (int64_t e = 0; e < n; ++e)
+          for (int64_t k = 0; k < r; ++k) sum += mixed_[at(b, e, k)] * up(e, k, i);
+        out[b * b_ + i] = sum;
+      }
   }
-}
 
-Problem make_problem(const Options& o) {
-  const int64_t n = o.experts, p = o.dim / n;
-  Problem problem;
-  problem.shape = {.num_tokens = o.tokens,
-                   .num_experts = n,
-                   .s_in = n,
-                   .s_out = n,
-                   .p_in = p,
-                   .p_out = p,
-                   .rank = o.rank,
-                   .activation = o.dtype,
-                   .factor = kernels::accumulate_type(o.dtype)};
-  const DType factor = problem.shape.factor;
-  std::mt19937_64 rng(20240701);
-  fill(problem.x, o.tokens * o.dim, 1.0, o.dtype, rng);
-  fill(problem.scale, problem.shape.scale_size(), 1.0 / std::sqrt(n), factor, rng);
-  fill(problem.down, problem.shape.down_size(), 1.0 / std::sqrt(p), factor, rng);
-  fill(problem.up, problem.shape.up_size(), 1.0 / std::sqrt(n * o.rank), factor, rng);
-  if (o.op == "layer_norm_alore") {
-    fill(problem.weight, o.dim, 1.0, factor, rng);
-    fill(problem.bias, o.dim, 1.0, factor, rng);
+  void backward(int64_t t, double* grad_x, Sums& sums) {
+    encode(t);
+    const double* dy = p_.grad_out.data() + t * d;
+    const double weight = multiplicity(p_, t);
+    for (int64_t b = 0; b < n; ++b)
+      for (int64_t e = 0; e < n; ++e)
+        for (int64_t k = 0; k < r; ++k) {
+          double sum = 0;
+          for (int64_t i = 0; i < b_; ++i) {
+            sum += dy[b * b_ + i] * up(e, k, i);
+            sums.up[(e * r + k) * b_ + i] += weight * mixed_[at(b, e, k)] * dy[b * b_ + i];
+          }
+          grad_mixed_[at(b, e, k)] = sum;
+        }
+    std::fill(grad_code_.begin(), grad_code_.end(), 0.0);
+    for (int64_t e = 0; e < n; ++e)
+      for (int64_t a = 0; a < n; ++a)
+        for (int64_t b = 0; b < n; ++b)
+          for (int64_t k = 0; k < r; ++k) {
+            const int64_t entry = (e * n + a) * n + b;
+            sums.scale[entry] += weight * code_[at(a, e, k)] * grad_mixed_[at(b, e, k)];
+            grad_code_[at(a, e, k)] += p_.scale[entry] * grad_mixed_[at(b, e, k)];
+          }
+    for (int64_t a = 0; a < n; ++a)
+      for (int64_t i = 0; i < b_; ++i) {
+        double sum = p_.c.adds_base() ? dy[a * b_ + i] : 0.0;
+        for (int64_t e = 0; e < n; ++e)
+          for (int64_t k = 0; k < r; ++k) {
+            sum += grad_code_[at(a, e, k)] * down(e, i, k);
+            sums.down[(e * b_ + i) * r + k] += weight * base_[a * b_ + i] * grad_code_[at(a, e, k)];
+          }
+        grad_[a * b_ + i] = sum;
+      }
+    if (p_.c.norm()) norm_backward(t);
+    std::copy(grad_.begin(), grad_.end(), grad_x);
   }
-  return problem;
-}
 
-// The equations of kernels/kron.h, as they stand there.
-std::vector<double> oracle(const Options& o, const Problem& problem) {
-  const auto& s = problem.shape;
-  const int64_t d = o.dim, n = s.num_experts, p = s.p_in, r = s.rank;
-  std::vector<double> out(problem.x.size()), row(d), code(n * n * r), mixed(n * n * r);
-  for (int64_t t = 0; t < o.tokens; ++t) {
-    std::copy_n(problem.x.begin() + t * d, d, row.begin());
-    const bool norm = !problem.weight.empty();
-    if (norm) {
-      double mean = 0, variance = 0;
-      for (double v : row) mean += v / d;
-      for (double v : row) variance += (v - mean) * (v - mean) / d;
+ private:
+  int64_t at(int64_t block, int64_t e, int64_t k) const { return (block * n + e) * r + k; }
+  double down(int64_t e, int64_t i, int64_t k) const { return p_.down[(e * b_ + i) * r + k]; }
+  double up(int64_t e, int64_t k, int64_t i) const { return p_.up[(e * r + k) * b_ + i]; }
+
+  void encode(int64_t t) {
+    std::copy_n(p_.x.begin() + t * d, d, base_.begin());
+    if (p_.c.norm()) {
       for (int64_t i = 0; i < d; ++i) {
-        row[i] = (row[i] - mean) / std::sqrt(variance + kNormEps) * problem.weight[i] + problem.bias[i];
+        normed_[i] = (base_[i] - p_.mean[t]) * p_.rstd[t];
+        base_[i] = normed_[i] * p_.weight[i] + p_.bias[i];
       }
     }
-    std::fill(code.begin(), code.end(), 0.0);
+    std::fill(code_.begin(), code_.end(), 0.0);
     for (int64_t a = 0; a < n; ++a)
       for (int64_t e = 0; e < n; ++e)
-        for (int64_t i = 0; i < p; ++i)
-          for (int64_t k = 0; k < r; ++k)
-            code[(a * n + e) * r + k] += row[a * p + i] * problem.down[(e * p + i) * r + k];
-    std::fill(mixed.begin(), mixed.end(), 0.0);
+        for (int64_t i = 0; i < b_; ++i)
+          for (int64_t k = 0; k < r; ++k) code_[at(a, e, k)] += base_[a * b_ + i] * down(e, i, k);
+    std::fill(mixed_.begin(), mixed_.end(), 0.0);
     for (int64_t b = 0; b < n; ++b)
       for (int64_t e = 0; e < n; ++e)
         for (int64_t a = 0; a < n; ++a)
           for (int64_t k = 0; k < r; ++k)
-            mixed[(b * n + e) * r + k] += problem.scale[(e * n + a) * n + b] * code[(a * n + e) * r + k];
-    for (int64_t b = 0; b < n; ++b)
-      for (int64_t i = 0; i < p; ++i) {
-        double sum = norm ? row[b * p + i] : 0.0;
-        for (int64_t e = 0; e < n; ++e)
-          for (int64_t k = 0; k < r; ++k) sum += mixed[(b * n + e) * r + k] * problem.up[(e * r + k) * p + i];
-        out[t * d + b * p + i] = sum;
+            mixed_[at(b, e, k)] += p_.scale[(e * n + a) * n + b] * code_[at(a, e, k)];
+  }
+
+  // grad_: from the gradient of the norm's result to that of its input.
+  void norm_backward(int64_t t) {
+    double mean = 0, along = 0;
+    for (int64_t i = 0; i < d; ++i) {
+      grad_[i] *= p_.weight[i];
+      mean += grad_[i] / d;
+      along += grad_[i] * normed_[i] / d;
+    }
+    for (int64_t i = 0; i < d; ++i) grad_[i] = p_.rstd[t] * (grad_[i] - mean - normed_[i] * along);
+  }
+
+  const Problem& p_;
+  const int64_t d, n, b_, r;  // b_: width of a block
+  std::vector<double> base_, normed_, code_, mixed_, grad_mixed_, grad_code_, grad_;
+};
+
+// One token of y = x W^T + bias + ((x A^T) * c) B^T, c = coeff * mask by expert.
+class LoraRow {
+ public:
+  explicit LoraRow(const Problem& p) : p_(p), d(p.c.dim), width(p.c.experts * p.c.rank), code_(width) {}
+
+  void forward(int64_t t, double* out) {
+    encode(t);
+    for (int64_t o = 0; o < d; ++o) {
+      double sum = p_.bias[o];
+      for (int64_t i = 0; i < d; ++i) sum += p_.x[t * d + i] * p_.weight[o * d + i];
+      for (int64_t j = 0; j < width; ++j) sum += code_[j] * effective(j) * p_.up[o * width + j];
+      out[o] = sum;
+    }
+  }
+
+  void backward(int64_t t, double* grad_x, Sums& sums) {
+    encode(t);
+    const double *x = p_.x.data() + t * d, *dy = p_.grad_out.data() + t * d;
+    const double weight = multiplicity(p_, t);
+    std::fill_n(grad_x, d, 0.0);
+    for (int64_t o = 0; o < d; ++o)
+      for (int64_t i = 0; i < d; ++i) grad_x[i] += dy[o] * p_.weight[o * d + i];
+    for (int64_t j = 0; j < width; ++j) {
+      double sum = 0;  // of d(out) B, before c
+      for (int64_t o = 0; o < d; ++o) {
+        sum += dy[o] * p_.up[o * width + j];
+        sums.up[o * width + j] += weight * dy[o] * code_[j] * effective(j);
       }
+      for (int64_t i = 0; i < d; ++i) {
+        grad_x[i] += sum * effective(j) * p_.down[j * d + i];
+        sums.down[j * d + i] += weight * sum * effective(j) * x[i];
+      }
+      sums.scale[j / p_.c.rank] += weight * p_.mask[j / p_.c.rank] * code_[j] * sum;
+    }
   }
-  return out;
+
+ private:
+  double effective(int64_t j) const { return p_.scale[j / p_.c.rank] * p_.mask[j / p_.c.rank]; }
+
+  void encode(int64_t t) {
+    for (int64_t j = 0; j < width; ++j) {
+      code_[j] = 0;
+      for (int64_t i = 0; i < d; ++i) code_[j] += p_.x[t * d + i] * p_.down[j * d + i];
+    }
+  }
+
+  const Problem& p_;
+  const int64_t d, width;
+  std::vector<double> code_;
+};
+
+template <typename OneRow>
+Expected run(const Problem& p) {
+  Expected expected;
+  expected.rows.resize(p.rows * p.c.dim);
+  if (p.c.backward) {
+    expected.scale.resize(p.scale.size());
+    expected.down.resize(p.down.size());
+    expected.up.resize(p.up.size());
+  }
+  std::mutex mutex;
+  parallel_rows(p.rows, [&](int64_t begin, int64_t end) {
+    OneRow row(p);
+    Sums sums(p);
+    for (int64_t t = begin; t < end; ++t) {
+      double* out = expected.rows.data() + t * p.c.dim;
+      p.c.backward ? row.backward(t, out, sums) : row.forward(t, out);
+    }
+    const std::lock_guard lock(mutex);
+    if (p.c.backward) sums.add_to(expected);
+  });
+  return expected;
 }
 
-double relative_error(const std::vector<double>& got, const std::vector<double>& expected) {
-  double difference = 0, norm = 0;
-  for (size_t i = 0; i < expected.size(); ++i) {
-    difference += (got[i] - expected[i]) * (got[i] - expected[i]);
-    norm += expected[i] * expected[i];
-  }
-  return std::sqrt(difference / norm);
-}
+}  // namespace
 
-double median(std::vector<double> samples) {
-  std::nth_element(samples.begin(), samples.begin() + samples.size() / 2, samples.end());
-  return samples[samples.size() / 2];
+Expected oracle(const Problem& problem) {
+  return problem.c.map == Map::kMaskedLora ? run<LoraRow>(problem) : run<KronRow>(problem);
 }
 
 }  // namespace alore::harness
