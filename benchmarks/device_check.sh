@@ -23,10 +23,12 @@ for stage in "$@"; do
     build) run "build (sm_90a)" build.log env MAX_JOBS="$(nproc)" python3 setup.py build_ext --inplace ;;
     tests) run "pytest" pytest.log env OMP_NUM_THREADS=1 python3 -m pytest -q -n 8 --dist worksteal -p no:cacheprovider python_tests ;;
     sanitize)
-      for tool in memcheck racecheck; do
-        run "compute-sanitizer $tool" "$tool.log" env PYTHONPATH=. PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-          compute-sanitizer --tool $tool --error-exitcode 3 python3 benchmarks/exercise_ops.py
-      done ;;
+      run "compute-sanitizer memcheck" memcheck.log env PYTHONPATH=. PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+        compute-sanitizer --tool memcheck --error-exitcode 3 python3 benchmarks/exercise_ops.py
+      # Hazards are looked for in this library's own kernels: watching cuBLAS's takes longer than all the rest.
+      run "compute-sanitizer racecheck" racecheck.log env PYTHONPATH=. PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+        compute-sanitizer --tool racecheck --error-exitcode 3 --kernel-regex kns=alore python3 benchmarks/exercise_ops.py --short
+      ;;
     harness)
       cmake -S . -B build/harness -DCMAKE_CUDA_ARCHITECTURES=90a -DALORE_CUDA_WHEEL="$(python3 -c 'import nvidia.cu13 as m; print(list(m.__path__)[0])' 2> /dev/null)" > "$OUT/cmake.log" 2>&1 &&
         cmake --build build/harness -j "$(nproc)" >> "$OUT/cmake.log" 2>&1
