@@ -5,6 +5,12 @@ float16 activations; low-rank factors have the activations' dtype, or float32 un
 gradients have their own dtype. Shape and dtype errors are `RuntimeError`s that say what was expected and what came.
 """
 
+from .grouped import (
+    alore_grouped,
+    kron_linear_grouped,
+    layer_norm_alore_grouped,
+    masked_lora_linear_grouped,
+)
 from .kron import alore, kron_linear, layer_norm_alore, plan_alore, plan_kron
 from .lora import masked_lora_linear, mlae_linear, plan_lora
 from .merge import (
@@ -18,9 +24,13 @@ from .merge import (
 
 __all__ = [
     "alore",
+    "alore_grouped",
     "kron_linear",
+    "kron_linear_grouped",
     "layer_norm_alore",
+    "layer_norm_alore_grouped",
     "masked_lora_linear",
+    "masked_lora_linear_grouped",
     "merge_kron_",
     "merge_kron_grouped_",
     "merge_lora_",

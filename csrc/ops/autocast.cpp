@@ -25,6 +25,12 @@ struct Lower {
     return t.has_value() && t->defined() ? OptTensor(factor(*t, x)) : t;
   }
 
+  static std::vector<Tensor> factors(TensorList list, const Tensor& x) {
+    std::vector<Tensor> out;
+    for (const Tensor& t : list) out.push_back(factor(t, x));
+    return out;
+  }
+
   static constexpr c10::DispatchKey key =
       device == c10::kCUDA ? c10::DispatchKey::AutocastCUDA : c10::DispatchKey::AutocastCPU;
 
@@ -94,6 +100,42 @@ struct Lower {
                                  factor(lora_b, low), factor(coeff, low), mask_p, training);
   }
 
+  static Tensor kron_linear_grouped(const Tensor& x, TensorList scale, TensorList down, TensorList up,
+                                    const Tensor& index) {
+    const c10::impl::ExcludeDispatchKeyGuard no_autocast(key);
+    const Tensor low = cast(x);
+    return kron_linear_grouped_op().call(low, factors(scale, low), factors(down, low), factors(up, low), index);
+  }
+
+  static Tensor alore_grouped(const Tensor& x, TensorList scale, TensorList down, TensorList up,
+                              const Tensor& index) {
+    const c10::impl::ExcludeDispatchKeyGuard no_autocast(key);
+    const Tensor low = cast(x);
+    return alore_grouped_op().call(low, factors(scale, low), factors(down, low), factors(up, low), index);
+  }
+
+  // As layer_norm_alore.
+  static Tensor layer_norm_alore_grouped(const Tensor& x, const OptTensor& weight, const OptTensor& bias, double eps,
+                                         TensorList scale, TensorList down, TensorList up, const Tensor& index,
+                                         std::optional<at::ScalarType> out_dtype) {
+    const c10::impl::ExcludeDispatchKeyGuard no_autocast(key);
+    const bool wide = x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble;
+    const Tensor in = wide ? x : cast(x);
+    if (x.scalar_type() == at::kFloat && !out_dtype.has_value()) out_dtype = dtype();
+    return layer_norm_alore_grouped_op().call(in, factor(weight, in), factor(bias, in), eps, factors(scale, in),
+                                              factors(down, in), factors(up, in), index, out_dtype);
+  }
+
+  // The base weight serves all samples, so no update can be folded into it.
+  static Tensor masked_lora_linear_grouped(const Tensor& x, const Tensor& weight, const OptTensor& bias,
+                                           TensorList lora_a, TensorList lora_b, TensorList coeff,
+                                           const Tensor& index) {
+    const c10::impl::ExcludeDispatchKeyGuard no_autocast(key);
+    const Tensor low = cast(x);
+    return masked_lora_linear_grouped_op().call(low, cast(weight), cast(bias), factors(lora_a, low),
+                                                factors(lora_b, low), factors(coeff, low), index);
+  }
+
   static void register_ops(torch::Library& m) {
     m.impl("kron_linear", kron_linear);
     m.impl("alore", alore);
@@ -101,6 +143,10 @@ struct Lower {
     m.impl("add_layer_norm_alore", add_layer_norm_alore);
     m.impl("masked_lora_linear", masked_lora_linear);
     m.impl("mlae_linear", mlae_linear);
+    m.impl("kron_linear_grouped", kron_linear_grouped);
+    m.impl("alore_grouped", alore_grouped);
+    m.impl("layer_norm_alore_grouped", layer_norm_alore_grouped);
+    m.impl("masked_lora_linear_grouped", masked_lora_linear_grouped);
   }
 };
 

@@ -10,17 +10,6 @@
 namespace alore::ops {
 namespace {
 
-// kernels/alore.h wants rows at multiples of 16 bytes; a view may start anywhere.
-Tensor aligned(const Tensor& t) {
-  if (!t.defined() || reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0) return t;
-  return t.clone();
-}
-
-kernels::DeviceLimits device_limits() {
-  const cudaDeviceProp* p = at::cuda::getCurrentDeviceProperties();
-  return {10 * p->major + p->minor, p->multiProcessorCount, static_cast<int64_t>(p->sharedMemPerBlockOptin)};
-}
-
 // The contiguous tensors that a fused call's pointers point into.
 struct FusedCall {
   kernels::AloreShape shape;

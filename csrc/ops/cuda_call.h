@@ -1,8 +1,10 @@
-// What every launch from torch tensors needs: the stream and cuBLAS handle, workspaces, raw pointers.
+// What every launch from torch tensors needs: the stream and cuBLAS handle, the device's limits, workspaces, raw
+// pointers.
 #pragma once
 
 #include <ATen/cuda/CUDAContext.h>
 
+#include "kernels/alore.h"
 #include "kernels/context.h"
 #include "ops/common.h"
 
@@ -27,6 +29,17 @@ inline void* write(const Tensor& t) { return t.defined() ? t.mutable_data_ptr() 
 inline OptTensor contiguous(const OptTensor& t) {
   if (!t.has_value() || !t->defined()) return std::nullopt;
   return t->contiguous();
+}
+
+// kernels/alore.h wants rows at multiples of 16 bytes; a view may start anywhere.
+inline Tensor aligned(const Tensor& t) {
+  if (!t.defined() || reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0) return t;
+  return t.clone();
+}
+
+inline kernels::DeviceLimits device_limits() {
+  const cudaDeviceProp* p = at::cuda::getCurrentDeviceProperties();
+  return {10 * p->major + p->minor, p->multiProcessorCount, static_cast<int64_t>(p->sharedMemPerBlockOptin)};
 }
 
 }  // namespace alore::ops

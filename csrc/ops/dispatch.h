@@ -51,6 +51,13 @@ ALORE_OP(merge_lora_, void(const Tensor&, const Tensor&, const Tensor&, const Te
 ALORE_OP(merge_kron_grouped_,
          void(TensorList, TensorList, at::IntArrayRef, TensorList, TensorList, TensorList, const Strings&))
 ALORE_OP(merge_lora_grouped_, void(TensorList, TensorList, TensorList, TensorList))
+ALORE_OP(kron_linear_grouped, Tensor(const Tensor&, TensorList, TensorList, TensorList, const Tensor&))
+ALORE_OP(alore_grouped, Tensor(const Tensor&, TensorList, TensorList, TensorList, const Tensor&))
+ALORE_OP(layer_norm_alore_grouped,
+         Tensor(const Tensor&, const OptTensor&, const OptTensor&, double, TensorList, TensorList, TensorList,
+                const Tensor&, std::optional<at::ScalarType>))
+ALORE_OP(masked_lora_linear_grouped, Tensor(const Tensor&, const Tensor&, const OptTensor&, TensorList, TensorList,
+                                            TensorList, const Tensor&))
 
 #undef ALORE_OP
 

@@ -71,4 +71,15 @@ TORCH_LIBRARY(alore_ext, m) {
       "down,"
       " Tensor[] up, str[] side) -> ()");
   m.def("merge_lora_grouped_(Tensor(a!)[] weight, Tensor[] lora_a, Tensor[] lora_b, Tensor[] coeff) -> ()");
+
+  // One adapter a sample (axis 0 of x): entry i of the lists is adapter i, index [batch] int64 names each sample's, -1
+  // none. Inference only.
+  m.def("kron_linear_grouped(Tensor x, Tensor[] scale, Tensor[] down, Tensor[] up, Tensor index) -> Tensor");
+  m.def("alore_grouped(Tensor x, Tensor[] scale, Tensor[] down, Tensor[] up, Tensor index) -> Tensor");
+  m.def(
+      "layer_norm_alore_grouped(Tensor x, Tensor? weight, Tensor? bias, float eps, Tensor[] scale, Tensor[] down,"
+      " Tensor[] up, Tensor index, ScalarType? out_dtype=None) -> Tensor");
+  m.def(
+      "masked_lora_linear_grouped(Tensor x, Tensor weight, Tensor? bias, Tensor[] lora_a, Tensor[] lora_b,"
+      " Tensor[] coeff, Tensor index) -> Tensor");
 }

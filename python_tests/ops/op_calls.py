@@ -160,6 +160,30 @@ def merge_calls(device="cpu", dtype=torch.float64, factor_dtype=None):
     }
 
 
+def grouped_calls(device="cpu", dtype=torch.float64, factor_dtype=None):
+    """The ops that take one adapter a sample: adapters of unequal rank, one sample of three without any."""
+    options = {"device": device, "dtype": dtype, "factor_dtype": factor_dtype}
+    kron, norm, lora = (make(lead=(3, 5), **options) for make in (kron_args, layer_norm_args, lora_args))
+    index = torch.tensor([1, -1, 0], device=device)
+    more = [*kron_args((1, 3, 3, 4, 4, 5), (), **options).values()][1:]
+    adapters = [[*pair] for pair in zip([*kron.values()][1:], more, strict=True)]
+    larger = [*lora_args((12, 9, 4), (), **options).values()][3:]
+    low_rank = [[*pair] for pair in zip([*lora.values()][3:], larger, strict=True)]
+    low = () if dtype != torch.float32 else (torch.bfloat16,)
+    return {
+        "kron_linear_grouped": (namespace.kron_linear_grouped, [kron["x"], *adapters, index]),
+        "alore_grouped": (namespace.alore_grouped, [kron["x"], *adapters, index]),
+        "layer_norm_alore_grouped": (
+            namespace.layer_norm_alore_grouped,
+            [*[*norm.values()][:4], *adapters, index, *low],
+        ),
+        "masked_lora_linear_grouped": (
+            namespace.masked_lora_linear_grouped,
+            [*[*lora.values()][:3], *low_rank, index],
+        ),
+    }
+
+
 def requiring_grad(arguments):
     return [
         a.detach().requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in arguments

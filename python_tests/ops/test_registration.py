@@ -2,15 +2,24 @@
 
 import pytest
 import torch
-from op_calls import backward_calls, folding_calls, forward_calls, merge_calls, namespace, requiring_grad
+from op_calls import (
+    backward_calls,
+    folding_calls,
+    forward_calls,
+    grouped_calls,
+    merge_calls,
+    namespace,
+    requiring_grad,
+)
 from torch.library import opcheck
 
 FORWARD, BACKWARD, MERGES = list(forward_calls()), list(backward_calls()), list(merge_calls())
+GROUPED = list(grouped_calls())
 LOW = {"dtype": torch.bfloat16, "factor_dtype": torch.float32}
 
 
 def test_every_op_of_the_library_is_covered():
-    calls = forward_calls() | backward_calls() | merge_calls()
+    calls = forward_calls() | backward_calls() | merge_calls() | grouped_calls()
     covered = {op.default for op, _ in calls.values()}
     registered = {
         getattr(namespace, name.removeprefix("alore_ext::")).default
@@ -38,12 +47,18 @@ def test_opcheck_merge(call, device):
     opcheck(op.default, arguments)
 
 
-@pytest.mark.parametrize("call", FORWARD + BACKWARD + MERGES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("call", GROUPED)
+def test_opcheck_grouped(call, dtype, device):
+    op, arguments = grouped_calls(device, dtype)[call]
+    opcheck(op.default, arguments)
+
+
+@pytest.mark.parametrize("call", FORWARD + BACKWARD + MERGES + GROUPED)
 def test_meta_kernels_in_sixteen_bit(call, device):
     """Shapes, strides and dtypes on Meta are the real ones where activations and factors differ in dtype too."""
-    op, arguments = {**forward_calls(device, **LOW), **backward_calls(device, **LOW), **merge_calls(device, **LOW)}[
-        call
-    ]
+    makers = (forward_calls, backward_calls, merge_calls, grouped_calls)
+    op, arguments = {name: made for make in makers for name, made in make(device, **LOW).items()}[call]
     opcheck(op.default, arguments, test_utils=["test_schema", "test_faketensor"])
 
 

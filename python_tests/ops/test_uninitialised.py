@@ -9,7 +9,7 @@ import copy
 import pytest
 import torch
 import torch.utils.deterministic
-from op_calls import backward_calls, forward_calls, merge_calls
+from op_calls import backward_calls, forward_calls, grouped_calls, merge_calls
 from op_cases import OPS, kron_args, output_like, run, small_args
 
 from alore_ext import ops
@@ -63,7 +63,9 @@ def outputs(result):
     ids=["float64", "float32", "bfloat16-float32", "float16"],
 )
 def test_every_call(options, device):
-    for call, (op, arguments) in (forward_calls(device, **options) | backward_calls(device, **options)).items():
+    makers = (forward_calls, backward_calls, grouped_calls)
+    calls = {name: made for make in makers for name, made in make(device, **options).items()}
+    for call, (op, arguments) in calls.items():
         expected = outputs(op(*arguments))
         with poisoned(device):
             got = outputs(op(*arguments))
