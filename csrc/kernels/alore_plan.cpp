@@ -108,16 +108,28 @@ AloreBackwardPlan plan_alore_backward(const AloreShape& s, const DeviceLimits& d
   plan.row_tiles = plan.row_tiles >= 8 ? 8 : plan.row_tiles >= 4 ? 4 : plan.row_tiles >= 2 ? 2 : 1;
   // Few tokens: rather more blocks at work than more tokens a block.
   while (plan.row_tiles > 1 && tiles / plan.row_tiles < device.num_sms) plan.row_tiles /= 2;
-  for (;; plan.row_tiles /= 2) {
-    plan.key_splits = clamp_int(plan.warps / (plan.row_tiles * d.num_blocks), 1, d.groups_per_block);
-    for (plan.stages = kMaxStages; plan.stages >= 1; --plan.stages) {
-      plan.shared_bytes =
-          BackwardLayout(d, 32 * plan.warps, plan.row_tiles, plan.stages, plan.key_splits, s.norm, wide).bytes;
-      if (plan.shared_bytes <= device.shared_per_block) break;
+  const auto fits = [&](int stages) {
+    plan.stages = stages;
+    plan.shared_bytes =
+        BackwardLayout(d, 32 * plan.warps, plan.row_tiles, plan.stages, plan.key_splits, s.norm, wide).bytes;
+    return plan.shared_bytes <= device.shared_per_block;
+  };
+  // A second stage, which hides the loads, before anything else; then more tokens at a time; then more warps a code.
+  const auto choose = [&](int least_stages) {
+    for (int row_tiles = plan.row_tiles; row_tiles >= 1; row_tiles /= 2) {
+      const int most = clamp_int(plan.warps / (row_tiles * d.num_blocks), 1, d.groups_per_block);
+      for (plan.key_splits = most; plan.key_splits >= 1; --plan.key_splits) {
+        const int wanted = plan.row_tiles;
+        plan.row_tiles = row_tiles;
+        for (int stages = kMaxStages; stages >= least_stages; --stages) {
+          if (fits(stages)) return true;
+        }
+        plan.row_tiles = wanted;
+      }
     }
-    if (plan.stages >= 2 || plan.row_tiles == 1) break;
-  }
-  if (plan.stages == 0) {
+    return false;
+  };
+  if (!choose(2) && !choose(1)) {
     plan.reason = "a tile of 16 tokens does not fit shared memory";
     return plan;
   }
