@@ -4,7 +4,9 @@ import itertools
 
 import pytest
 import torch
+from op_calls import forward_calls, requiring_grad
 from op_cases import KRON_OPS, OPS, layer_norm_args, leaves, lora_args, output_like, run, small_args
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from alore_ext import ops
@@ -107,6 +109,33 @@ def test_inputs_changed_in_place_before_backward_are_noticed(op, device):
             inputs[name].add_(1)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             y.sum().backward()
+
+
+class Recorder(TorchDispatchMode):
+    """Names of the ops that run under it."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("call", forward_calls())
+def test_nothing_is_made_up_for_outputs_without_a_gradient(call, device):
+    """Autograd by default fills zeros for the statistics, the code and the packed factors in every backward."""
+    op, arguments = forward_calls(device)[call]
+    inputs = requiring_grad(arguments)
+    out = op(*inputs)
+    y = out if isinstance(out, torch.Tensor) else out[0]
+    grad_out = torch.ones_like(y)
+    wanted = [a for a in inputs if isinstance(a, torch.Tensor) and a.requires_grad]
+    with Recorder() as recorder:
+        torch.autograd.grad(y, wanted, grad_out)
+    assert [name for name in recorder.names if "zeros" in name or "fill" in name] == []
+    assert sum(name.startswith("alore_ext.") for name in recorder.names) == 1
 
 
 class TestRefusals:

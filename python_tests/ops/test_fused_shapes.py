@@ -36,7 +36,7 @@ TOKENS = [19, 1, 197, 16, 400, 0, 17, 15]
 FAST = [(4, 128, 1), (4, 128, 4), (4, 256, 4), (4, 384, 4), (4, 512, 1), (4, 640, 4), (4, 768, 4), (4, 1536, 4)]
 SHAPES = [
     (1, 128, 1),
-    (1, 256, 64),
+    (1, 128, 64),
     (2, 96, 8),
     (2, 512, 16),
     (3, 192, 4),
@@ -50,9 +50,16 @@ SHAPES = [
     (8, 256, 8),
     (8, 1024, 4),
 ]
-# Few blocks would be busy with several tiles at a time otherwise: rows of tiles in backward, and blocks that go round
-# more than once in both passes.
-LARGE = [(4, 96, 4, 17000), (4, 128, 4, 17000), (8, 256, 8, 8500), (4, 256, 4, 8500), (4, 512, 4, 4300)]
+# Enough tokens for blocks that take several tiles at a time, and that go round more than once.
+LARGE = [
+    (4, 96, 4, 40000),
+    (4, 128, 4, 17000),
+    (4, 256, 4, 8500),
+    (8, 256, 8, 8500),
+    (4, 512, 4, 4300),
+    (4, 768, 4, 8500),
+    (4, 1536, 4, 2115),
+]
 
 
 def matrix():
@@ -95,21 +102,23 @@ def test_against_the_oracle(op, num_experts, embed_dim, rank, tokens, dtypes, de
 
 def test_the_cases_above_take_every_path_of_an_h200():
     """What the kernels are instantiated for, or branch on, by the plans of the cases above."""
-    forward, backward = set(), set()
+    forward, rounds, backward = set(), set(), set()
     for op, num_experts, embed_dim, rank, tokens, dtypes in [*matrix(), *large()]:
         args = make(op, num_experts, embed_dim, rank, 0, dtypes, "cpu")
         tensors = [args["x"].new_empty(1, 1).expand(tokens, embed_dim), *(args[name] for name in NAMES[1:])]
         options = {"norm": op == "layer_norm_alore", "residual": op != "kron_linear", **H200}
         plan, grads = ops.plan_alore(*tensors, **options), ops.plan_alore(*tensors, backward=True, **options)
         assert plan.fused and grads.fused, (plan, grads)
-        fast = plan.even and num_experts == 4 and num_experts * rank <= 16 and op != "kron_linear"
+        fast = plan.even and num_experts == 4 and num_experts * rank <= 16
         forward.add((plan.groups_per_warp, fast, options["norm"]))
+        rounds.add((fast, 16 * plan.tiles_per_block * plan.blocks < tokens))
         code_tiles = -(-num_experts * rank // 16)
         backward |= {("warps", grads.warps), ("row_tiles", grads.row_tiles), ("items", grads.items_per_warp)}
         backward |= {("code_tiles", code_tiles), ("norm", options["norm"]), ("splits", min(grads.key_splits, 2))}
         backward |= {("parts", min(grads.parts, 2)), ("stages", grads.stages > 1)}
         backward |= {("goes round", 16 * grads.row_tiles * grads.blocks < tokens)}
     assert forward == {(groups, fast, norm) for groups in (4, 6, 8) for fast in (0, 1) for norm in (0, 1)}
+    assert rounds == {(fast, again) for fast in (0, 1) for again in (0, 1)}
     assert backward == {
         *(("warps", n) for n in (8, 12)),
         *(("row_tiles", n) for n in (1, 2, 4, 8)),

@@ -9,6 +9,7 @@ from op_cases import (
     assert_within_budget,
     draw,
     leaves,
+    negated,
     residual_args,
     to_double,
 )
@@ -138,6 +139,8 @@ def test_each_gradient_alone(device):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_layouts(dtype, layout, device):
     """Strided, transposed, expanded, misaligned and negated: inputs and incoming gradients."""
+    if layout is negated and dtype == torch.bfloat16:
+        pytest.skip("a negated view is of a complex tensor, and none is made of two bfloat16 numbers")
     args = residual_args((4, 4, 4, 8, 8, 4), (2, 19), dtype, device=device)
     grads = upstream(args)
     laid = {n: layout(v) if n in ("x", "residual") else v for n, v in args.items()}
