@@ -111,7 +111,7 @@ def plan_alore(
     The fused kernels take 16-bit activations (or float32 ones behind a norm, under autocast), ``embed_dim /
     num_experts`` a multiple of 8, at most 8 blocks and ``num_experts * rank`` at most 64 (backward: not 33 to 48), on
     compute capability 8.0 and later, where the factors and a tile of 16 tokens fit a block's shared memory (embed_dim
-    up to 1536 at 227 KiB, 1216 at 163 KiB and 640 at 99 KiB in both passes behind a norm, with 4 experts of rank 4).
+    up to 1536 at 227 KiB, 1408 at 163 KiB and 768 at 99 KiB in both passes behind a norm, with 4 experts of rank 4).
     Anything else is composed of cuBLAS products and smaller kernels: see :func:`plan_kron`.
 
     Args:
