@@ -25,9 +25,9 @@ for stage in "$@"; do
     sanitize)
       run "compute-sanitizer memcheck" memcheck.log env PYTHONPATH=. PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
         compute-sanitizer --tool memcheck --error-exitcode 3 python3 benchmarks/exercise_ops.py
-      # Hazards are looked for in this library's own kernels: watching cuBLAS's takes longer than all the rest.
+      # 16-bit calls only. No kernel filter: with one, whichever kernels it names, racecheck (CUDA 13.0) ends in an internal error.
       run "compute-sanitizer racecheck" racecheck.log env PYTHONPATH=. PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-        compute-sanitizer --tool racecheck --error-exitcode 3 --kernel-regex kns=alore python3 benchmarks/exercise_ops.py --short
+        compute-sanitizer --tool racecheck --error-exitcode 3 python3 benchmarks/exercise_ops.py --short
       ;;
     harness)
       cmake -S . -B build/harness -DCMAKE_CUDA_ARCHITECTURES=90a -DALORE_CUDA_WHEEL="$(python3 -c 'import nvidia.cu13 as m; print(list(m.__path__)[0])' 2> /dev/null)" > "$OUT/cmake.log" 2>&1 &&

@@ -76,7 +76,7 @@ const std::map<std::string, Suite>& suites() {
       {"swin_b", {.shapes = {{401408, 128}, {100352, 256}, {25088, 512}, {6272, 1024}}}},
       {"quick",
        {.shapes = {{1, 96}, {19, 93}, {37, 96}, {197, 192}, {1400, 48}, {5, 240}},
-        .adapters = {{4, 4}, {3, 5}, {1, 2}, {8, 2}},
+        .adapters = {{4, 4}, {3, 5}, {1, 8}, {8, 2}},
         .dtypes = {DType::kBFloat16, DType::kFloat16, DType::kFloat32, DType::kFloat64},
         .merges = {{19, 96}, {1000, 192}}}},
   };

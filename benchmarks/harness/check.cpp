@@ -132,6 +132,11 @@ std::vector<char> expand(const Problem& p, const std::vector<double>& values, bo
 void check_rows(Row& row, const Problem& p, const std::string& name, const std::vector<char>& got,
                 DType dtype, const std::vector<double>& expected, bool tail, double tolerance) {
   const int64_t columns = static_cast<int64_t>(expected.size()) / p.rows;
+  // A row whose terms nearly cancel has its operands' rounding error and next to no length of its own: it is
+  // held to the usual row's length.
+  double usual = 0;
+  for (double w : expected) usual += w * w;
+  usual /= static_cast<double>(p.rows);
   double worst = 0;
   for (int64_t t = 0; t < p.c.tokens; ++t) {
     const double* want = expected.data() + t % p.rows * columns;
@@ -143,7 +148,7 @@ void check_rows(Row& row, const Problem& p, const std::string& name, const std::
       difference += off * off;
       norm += w * w;
     }
-    const double error = ratio(difference, norm);
+    const double error = ratio(difference, std::max(norm, weight * weight * usual));
     if (!(error <= worst)) worst = error;
     if (std::isnan(error)) break;
   }
@@ -157,7 +162,9 @@ void check_whole(Row& row, const std::string& name, const std::vector<double>& g
     difference += (got[i] - expected[i]) * (got[i] - expected[i]);
     norm += expected[i] * expected[i];
   }
-  record(row, name, ratio(difference, norm), tolerance);
+  // One or two sums may cancel by chance, which the sums of a whole matrix do not.
+  const bool few = expected.size() <= 4 && kernels::size_of(row.c.dtype) == 2;
+  record(row, name, ratio(difference, norm), few ? 8 * tolerance : tolerance);
 }
 
 }  // namespace alore::harness

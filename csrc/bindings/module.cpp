@@ -8,8 +8,8 @@
 #include <vector>
 
 #include "kernels/alore.h"
-#include "kernels/merge_plan.h"
 #include "kernels/lora.h"
+#include "kernels/merge_plan.h"
 #include "kernels/plan.h"
 #include "ops/common.h"
 
@@ -67,9 +67,10 @@ alore::kernels::KronPlan plan_kron(int64_t num_tokens, int64_t num_experts, int6
   return backward ? alore::kernels::plan_kron_backward(shape) : alore::kernels::plan_kron_forward(shape);
 }
 
-py::object plan_alore(int64_t num_tokens, int64_t num_experts, int64_t num_blocks, int64_t block_dim, int64_t rank,
-                      at::ScalarType dtype, at::ScalarType out_dtype, at::ScalarType factor_dtype, bool norm,
-                      bool add_base, int capability, int num_sms, int64_t shared_per_block, bool backward) {
+py::object plan_alore(int64_t num_tokens, int64_t num_experts, int64_t num_blocks, int64_t block_dim,
+                      int64_t rank, at::ScalarType dtype, at::ScalarType out_dtype,
+                      at::ScalarType factor_dtype, bool norm, bool add_base, int capability, int num_sms,
+                      int64_t shared_per_block, bool backward) {
   using alore::ops::kernel_dtype;
   const alore::kernels::AloreShape shape{.num_tokens = num_tokens,
                                          .num_experts = num_experts,
@@ -157,8 +158,8 @@ PYBIND11_MODULE(_C, m) {
       .def("__repr__", &AloreBackwardPlan::to_string);
   m.def("plan_alore", &plan_alore, py::kw_only(), py::arg("num_tokens"), py::arg("num_experts"),
         py::arg("num_blocks"), py::arg("block_dim"), py::arg("rank"), py::arg("dtype"), py::arg("out_dtype"),
-        py::arg("factor_dtype"), py::arg("norm"), py::arg("add_base"), py::arg("capability"), py::arg("num_sms"),
-        py::arg("shared_per_block"), py::arg("backward"));
+        py::arg("factor_dtype"), py::arg("norm"), py::arg("add_base"), py::arg("capability"),
+        py::arg("num_sms"), py::arg("shared_per_block"), py::arg("backward"));
   m.def("plan_kron", &plan_kron, py::arg("num_tokens"), py::arg("num_experts"), py::arg("s_in"),
         py::arg("s_out"), py::arg("p_in"), py::arg("p_out"), py::arg("rank"), py::arg("dtype"),
         py::arg("factor_dtype"), py::arg("backward"));

@@ -1,13 +1,14 @@
-// The fused ALoRE adapter on CUDA: an optional residual sum, an optional layer norm, the Kronecker map of ALoRE
-// eq. (6) and its residual, in one pass over the tokens.
+// The fused ALoRE adapter on CUDA: an optional residual sum, an optional layer norm, the Kronecker map of
+// ALoRE eq. (6) and its residual, in one pass over the tokens.
 //
 //   sum  = x (+ residual)
 //   base = layer_norm(sum), or sum without the norm
 //   out  = base + dropout(base @ W'), or base @ W' alone;  W' = sum_e kron(scale[e], down[e] @ up[e])
 //
-// W' is square (num_blocks blocks of block_dim on both sides) and never built. Products run on the tensor cores from
-// 16-bit operands with fp32 sums, as a 16-bit GEMM would; statistics and mixing over blocks are fp32. What the fused
-// path does not take (plan.fused is false, plan.reason says why) is composed from layer_norm.h, kron.h and dropout.h.
+// W' is square (num_blocks blocks of block_dim on both sides) and never built. Products run on the tensor
+// cores from 16-bit operands with fp32 sums, as a 16-bit GEMM would; statistics and mixing over blocks are
+// fp32. What the fused path does not take (plan.fused is false, plan.reason says why) is composed from
+// layer_norm.h, kron.h and dropout.h.
 #pragma once
 
 #include <cstdint>
@@ -23,10 +24,11 @@ struct AloreShape {
   int64_t num_blocks = 0;  // blocks that a token is cut into; num_experts in the paper
   int64_t block_dim = 0;   // embed_dim / num_blocks
   int64_t rank = 0;
-  DType input = DType::kBFloat16;   // of x, residual, sum and grad_x
-  DType output = DType::kBFloat16;  // of out and grad_out: input's type, or 16-bit under fp32 input (autocast)
-  DType factor = DType::kFloat32;   // of scale, down, up and their gradients
-  DType affine = DType::kFloat32;   // of the norm's weight and bias
+  DType input = DType::kBFloat16;  // of x, residual, sum and grad_x
+  DType output =
+      DType::kBFloat16;            // of out and grad_out: input's type, or 16-bit under fp32 input (autocast)
+  DType factor = DType::kFloat32;  // of scale, down, up and their gradients
+  DType affine = DType::kFloat32;  // of the norm's weight and bias
   bool norm = true;
   bool add_base = true;  // false: out = base @ W' alone
 
@@ -43,8 +45,8 @@ struct DeviceLimits {
   int64_t shared_per_block = 0;  // bytes, opted in: 227 KiB on 9.0, 163 KiB on 8.0, 99 KiB on 8.6 and 8.9
 };
 
-// A tile is 16 tokens. Its row is cut into groups of 32 columns that never cross a block; `warps_per_tile` warps
-// hold `groups_per_warp` groups each in registers.
+// A tile is 16 tokens. Its row is cut into groups of 32 columns that never cross a block; `warps_per_tile`
+// warps hold `groups_per_warp` groups each in registers.
 struct AloreForwardPlan {
   bool fused = false;
   const char* reason = "";  // why not, where it is not
@@ -124,14 +126,16 @@ struct AloreBackwardArgs {
   const float* rstd = nullptr;
   AloreAdapter adapter;
   AloreDropout dropout;
-  void* grad_x = nullptr;  // [num_tokens, embed_dim], overwritten; null: not wanted. residual's gradient is the same.
-  void* grad_scale;        // like the adapter; overwritten
+  void* grad_x =
+      nullptr;  // [num_tokens, embed_dim], overwritten; null: not wanted. residual's gradient is the same.
+  void* grad_scale;  // like the adapter; overwritten
   void* grad_down;
   void* grad_up;
   void* workspace;
 };
 
-// Two launches. Sums are taken in a fixed order: two runs on the same device give the same bits. Needs plan.fused.
+// Two launches. Sums are taken in a fixed order: two runs on the same device give the same bits. Needs
+// plan.fused.
 void alore_backward(const CudaContext& context, const AloreShape& shape, const AloreBackwardPlan& plan,
                     const AloreBackwardArgs& args);
 

@@ -1,13 +1,13 @@
-// Backward of the fused ALoRE adapter: grad_out and the kept rows are read once, grad_x is written once, and every
-// block leaves one partial sum of the factors' gradients, which a second launch adds up in order.
+// Backward of the fused ALoRE adapter: grad_out and the kept rows are read once, grad_x is written once, and
+// every block leaves one partial sum of the factors' gradients, which a second launch adds up in order.
 //
-// A block runs through tiles of 16 * row_tiles tokens that cp.async brings into shared memory ahead of time. A tile
-// takes three steps with a barrier after each:
-//   codes     Z = base @ down and dH = dY @ up^T on the tensor cores, and the row sums that the norm's gradient needs
-//   mixing    H and dZ over blocks in fp32, d(scale) summed in registers
-//   outputs   grad_x = norm'(grad_out + dZ @ down^T), d(up) += H^T dY and d(down) += base^T dZ, sums in registers
-// The norm's gradient needs, per row, the means of g = weight * d(base) and of g * n over columns that no single warp
-// has, before any of d(base) exists. The adapter's part of them follows from the codes:
+// A block runs through tiles of 16 * row_tiles tokens that cp.async brings into shared memory ahead of time.
+// A tile takes three steps with a barrier after each:
+//   codes     Z = base @ down and dH = dY @ up^T on the tensor cores, and the row sums that the norm's
+//   gradient needs mixing    H and dZ over blocks in fp32, d(scale) summed in registers outputs   grad_x =
+//   norm'(grad_out + dZ @ down^T), d(up) += H^T dY and d(down) += base^T dZ, sums in registers
+// The norm's gradient needs, per row, the means of g = weight * d(base) and of g * n over columns that no
+// single warp has, before any of d(base) exists. The adapter's part of them follows from the codes:
 //   sum_j weight_j (dZ down^T)_j = sum_w dZ_w (weight @ down)_w
 //   sum_j n_j weight_j (dZ down^T)_j = sum_w dZ_w (Z - bias @ down)_w          since base = n * weight + bias
 // so that d(base) is made once, in the last step.
@@ -53,10 +53,11 @@ __device__ __forceinline__ float lanes_sum(float v, bool all) {
   return v;
 }
 
-// Rows that lie one after the other in global memory, into shared rows `stride` elements apart; rows from live_rows on
-// become zeros. Sixteen bytes a thread at a time.
+// Rows that lie one after the other in global memory, into shared rows `stride` elements apart; rows from
+// live_rows on become zeros. Sixteen bytes a thread at a time.
 template <typename T>
-__device__ __forceinline__ void copy_rows(T* to, int stride, const T* from, int rows, int live_rows, int pieces) {
+__device__ __forceinline__ void copy_rows(T* to, int stride, const T* from, int rows, int live_rows,
+                                          int pieces) {
   constexpr int kPiece = 16 / sizeof(T);
   const FastDivide by_row(pieces);
 #pragma unroll 1
@@ -69,8 +70,8 @@ __device__ __forceinline__ void copy_rows(T* to, int stride, const T* from, int 
 
 constexpr int max_threads(int max_blocks) { return max_blocks > 4 ? 256 : 384; }
 
-// What a kernel is compiled for, as in alore_fwd.cu: the fast paths fix kBlocks blocks of whole groups, one code tile
-// and no dropout.
+// What a kernel is compiled for, as in alore_fwd.cu: the fast paths fix kBlocks blocks of whole groups, one
+// code tile and no dropout.
 enum class Path { kNorm, kBare, kGeneral };
 
 template <typename In, typename Out, int kBlocks, int kItems, Path kPath>
@@ -93,7 +94,8 @@ __global__ void __launch_bounds__(max_threads(kBlocks), 1)
   auto* mixing = reinterpret_cast<float*>(at(layout.mixing));
   auto* weight = reinterpret_cast<float*>(at(layout.weight));
   auto* bias = reinterpret_cast<float*>(at(layout.bias));
-  auto* affine_image = reinterpret_cast<Out*>(at(layout.affine_image));  // [weight, its rest, bias, its rest][columns]
+  auto* affine_image =
+      reinterpret_cast<Out*>(at(layout.affine_image));  // [weight, its rest, bias, its rest][columns]
   auto* down_weight = reinterpret_cast<float*>(at(layout.down_weight));
   auto* down_bias = reinterpret_cast<float*>(at(layout.down_bias));
   auto* code = reinterpret_cast<float*>(at(layout.code));
@@ -105,7 +107,8 @@ __global__ void __launch_bounds__(max_threads(kBlocks), 1)
 
   const int lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
   const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  const int dim = d.embed_dim, per_block = d.groups_per_block, chunks = d.chunks, image_stride = d.image_stride;
+  const int dim = d.embed_dim, per_block = d.groups_per_block, chunks = d.chunks,
+            image_stride = d.image_stride;
   const int rows = p.row_tiles * kTileRows, row_blocks = p.row_tiles * num_blocks;
   const int64_t tiles = (p.num_tokens + rows - 1) / rows;
   const int code_elements = row_blocks * kTileRows * padded;  // of one key split
@@ -176,8 +179,8 @@ __global__ void __launch_bounds__(max_threads(kBlocks), 1)
     }
   }
 
-  // Pieces of the factor gradients that this warp sums: 32 block columns by 16 code columns each, over its part of a
-  // tile's row blocks.
+  // Pieces of the factor gradients that this warp sums: 32 block columns by 16 code columns each, over its
+  // part of a tile's row blocks.
   const int items = per_block * code_tiles;
   const int item0 = kItems > 1 || warps <= items ? warp : warp % items;
   const int part = kItems > 1 || warps <= items ? 0 : warp / items;
@@ -189,9 +192,12 @@ __global__ void __launch_bounds__(max_threads(kBlocks), 1)
   for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
     if (p.stages > 1) {
       // All but the youngest stages - 2 groups have landed: this tile's among them.
-      if (p.stages == 4) copy_async_wait<2>();
-      else if (p.stages == 3) copy_async_wait<1>();
-      else copy_async_wait<0>();
+      if (p.stages == 4)
+        copy_async_wait<2>();
+      else if (p.stages == 3)
+        copy_async_wait<1>();
+      else
+        copy_async_wait<0>();
     } else {
       __syncthreads();
       load_stage(tile, 0);
@@ -219,8 +225,8 @@ __global__ void __launch_bounds__(max_threads(kBlocks), 1)
       const RowNorm n0{norm ? means[row0] : 0.0f, norm ? rstds[row0] : 1.0f};
       const RowNorm n1{norm ? means[row1] : 0.0f, norm ? rstds[row1] : 1.0f};
       const int begin = per_block * split / p.key_splits, end = per_block * (split + 1) / p.key_splits;
-      // Of the undropped gradient with weight and bias (their 16-bit halves in two columns each), and with the base's
-      // rows, of which the diagonal counts.
+      // Of the undropped gradient with weight and bias (their 16-bit halves in two columns each), and with
+      // the base's rows, of which the diagonal counts.
       float affine_sums[4] = {}, gram0[4] = {}, gram1[4] = {};
 #pragma unroll 1
       for (int t = 0; t < code_tiles; ++t) {
@@ -235,8 +241,10 @@ __global__ void __launch_bounds__(max_threads(kBlocks), 1)
             grad1 = *reinterpret_cast<const uint4*>(grad_rows + row1 * layout.grad_stride + column);
             if (norm) {
               const Eight w = shared8(weight + column), o = shared8(bias + column);
-              base0 = pack8<Out>(affine(normalised(shared8(x_rows + row0 * layout.x_stride + column), n0), w, o));
-              base1 = pack8<Out>(affine(normalised(shared8(x_rows + row1 * layout.x_stride + column), n1), w, o));
+              base0 =
+                  pack8<Out>(affine(normalised(shared8(x_rows + row0 * layout.x_stride + column), n0), w, o));
+              base1 =
+                  pack8<Out>(affine(normalised(shared8(x_rows + row1 * layout.x_stride + column), n1), w, o));
             } else if constexpr (!kWide) {
               base0 = *reinterpret_cast<const uint4*>(x_rows + row0 * layout.x_stride + column);
               base1 = *reinterpret_cast<const uint4*>(x_rows + row1 * layout.x_stride + column);
@@ -251,8 +259,9 @@ __global__ void __launch_bounds__(max_threads(kBlocks), 1)
           if (norm && t == 0) {
             const uint4 &u = drops ? undropped0 : grad0, &v = drops ? undropped1 : grad1;
             const uint32_t low[4] = {u.x, v.x, u.y, v.y}, high[4] = {u.z, v.z, u.w, v.w};
-            const uint4 b = g < 4 ? load_shared_16(affine_image + g * layout.grad_stride + (inside ? column : 0))
-                                  : uint4{0, 0, 0, 0};
+            const uint4 b =
+                g < 4 ? load_shared_16(affine_image + g * layout.grad_stride + (inside ? column : 0))
+                      : uint4{0, 0, 0, 0};
             mma<Out>(affine_sums, low, b.x, b.y);
             mma<Out>(gram0, low, base0.x, base0.y);
             mma<Out>(gram1, low, base1.x, base1.y);
@@ -263,7 +272,8 @@ __global__ void __launch_bounds__(max_threads(kBlocks), 1)
           accumulate_code<Out>(z, base0, base1, down, image_stride, t, local, g);
           accumulate_code<Out>(dh, grad0, grad1, up, image_stride, t, local, g);
         }
-        const int to = split * code_elements + (row_tile * num_blocks + block) * kTileRows * padded + t * kCodeTile;
+        const int to =
+            split * code_elements + (row_tile * num_blocks + block) * kTileRows * padded + t * kCodeTile;
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
           const int upper = to + g * padded + n * 8 + 2 * c, lower = upper + 8 * padded;
@@ -398,7 +408,8 @@ __global__ void __launch_bounds__(max_threads(kBlocks), 1)
         mma<Out>(down_sum[k][1], a, transpose8x8(base0.y), transpose8x8(base1.y));
         mma<Out>(down_sum[k][2], a, transpose8x8(base0.z), transpose8x8(base1.z));
         mma<Out>(down_sum[k][3], a, transpose8x8(base0.w), transpose8x8(base1.w));
-        if ((!kFast && code_tile != 0) || p.grad_x == nullptr) continue;  // one of the warps on these columns writes them
+        if ((!kFast && code_tile != 0) || p.grad_x == nullptr)
+          continue;  // one of the warps on these columns writes them
 
 #pragma unroll 1
         for (int t = 0; t < code_tiles; ++t) {
@@ -439,8 +450,8 @@ __global__ void __launch_bounds__(max_threads(kBlocks), 1)
   copy_async_wait<0>();
   __syncthreads();
 
-  // ---- the block's sums: parts are added one after the other, then everything leaves in the factors' own layout.
-  // The codes' and stages' memory is free now.
+  // ---- the block's sums: parts are added one after the other, then everything leaves in the factors' own
+  // layout. The codes' and stages' memory is free now.
   auto* sums = reinterpret_cast<float*>(at(layout.code));  // [down | up]
   float* out = p.partial + static_cast<int64_t>(blockIdx.x) * (scale_size + 2 * factor_size);
 #pragma unroll 1
@@ -474,8 +485,8 @@ __global__ void __launch_bounds__(max_threads(kBlocks), 1)
   for (int i = threadIdx.x; i < 2 * factor_size; i += blockDim.x) out[scale_size + i] = sums[i];
   __syncthreads();
 
-  // scale_sum of every thread side by side, one a at a time; a warp adds up an entry: its expert's columns over all
-  // rows that the threads stood for.
+  // scale_sum of every thread side by side, one a at a time; a warp adds up an entry: its expert's columns
+  // over all rows that the threads stood for.
   const int lanes_of_rows = blockDim.x >> log_width, rank = p.factors.rank;
   const FastDivide by_rank(rank);
 #pragma unroll
@@ -506,8 +517,8 @@ constexpr int kReduceLanes = 8;
 
 template <typename Factor>
 __global__ void __launch_bounds__(32 * kReduceLanes)
-    alore_reduce_kernel(const float* __restrict__ partial, int blocks, int scale_size, int down_size, int entries,
-                        Factor* scale, Factor* down, Factor* up) {
+    alore_reduce_kernel(const float* __restrict__ partial, int blocks, int scale_size, int down_size,
+                        int entries, Factor* scale, Factor* down, Factor* up) {
   __shared__ float sums[kReduceLanes][32];
   const int x = threadIdx.x % 32, y = threadIdx.x / 32, i = blockIdx.x * 32 + x;
   float sum = 0.0f;
@@ -519,13 +530,15 @@ __global__ void __launch_bounds__(32 * kReduceLanes)
   if (y != 0 || i >= entries) return;
 #pragma unroll
   for (int lane = 1; lane < kReduceLanes; ++lane) sum += sums[lane][x];
-  Factor* to = i < scale_size ? scale + i : i < scale_size + down_size ? down + i - scale_size
-                                                                       : up + i - scale_size - down_size;
+  Factor* to = i < scale_size               ? scale + i
+               : i < scale_size + down_size ? down + i - scale_size
+                                            : up + i - scale_size - down_size;
   *to = convert<Factor>(sum);
 }
 
 template <typename In, typename Out, int kBlocks, int kItems, Path kPath>
-void launch(const CudaContext& context, const AloreBackwardPlan& plan, const BackwardParams<In, Out>& params) {
+void launch(const CudaContext& context, const AloreBackwardPlan& plan,
+            const BackwardParams<In, Out>& params) {
   const auto kernel = alore_backward_kernel<In, Out, kBlocks, kItems, kPath>;
   static SharedMemoryGrants grants;
   grants.allow(reinterpret_cast<const void*>(kernel), plan.shared_bytes, "alore_backward");
@@ -538,12 +551,14 @@ void launch(const CudaContext& context, const AloreBackwardPlan& plan, const Bac
 void alore_backward(const CudaContext& context, const AloreShape& s, const AloreBackwardPlan& plan,
                     const AloreBackwardArgs& a) {
   if (!plan.fused) throw std::runtime_error("alore_backward: no fused kernel for this shape");
-  const AdapterDims dims{static_cast<int>(s.num_blocks), static_cast<int>(s.block_dim), static_cast<int>(s.width())};
+  const AdapterDims dims{static_cast<int>(s.num_blocks), static_cast<int>(s.block_dim),
+                         static_cast<int>(s.width())};
   const BackwardLayout layout(dims, 32 * plan.warps, plan.row_tiles, plan.stages, plan.key_splits, s.norm,
                               s.input == DType::kFloat32);
   const int log_width = dims.padded_width == 16 ? 4 : dims.padded_width == 32 ? 5 : 6;
-  const FactorSource factors{a.adapter.scale, a.adapter.down, a.adapter.up, s.factor,
-                             static_cast<int>(s.num_experts), static_cast<int>(s.rank)};
+  const FactorSource factors{
+      a.adapter.scale,         a.adapter.down, a.adapter.up, s.factor, static_cast<int>(s.num_experts),
+      static_cast<int>(s.rank)};
   const auto run = [&](auto in_tag, auto out_tag) {
     using In = typename decltype(in_tag)::type;
     using Out = typename decltype(out_tag)::type;
@@ -591,7 +606,8 @@ void alore_backward(const CudaContext& context, const AloreShape& s, const Alore
     using Factor = typename decltype(tag)::type;
     alore_reduce_kernel<Factor><<<(entries + 31) / 32, 32 * kReduceLanes, 0, context.stream>>>(
         static_cast<const float*>(a.workspace), plan.blocks, scale_size, down_size, entries,
-        static_cast<Factor*>(a.grad_scale), static_cast<Factor*>(a.grad_down), static_cast<Factor*>(a.grad_up));
+        static_cast<Factor*>(a.grad_scale), static_cast<Factor*>(a.grad_down),
+        static_cast<Factor*>(a.grad_up));
   });
   check_launch("alore_reduce");
 }

@@ -1,9 +1,9 @@
 // Forward of the fused ALoRE adapter: each row is read once into registers and written once.
 //
-// A team of `warps_per_tile` warps takes a tile of 16 tokens. Columns are dealt out in groups of 32 (alore_tile.cuh),
-// consecutive groups to a warp. Partial codes meet in shared memory: warp v's share of block a's code is slot v + a,
-// which is distinct for every pair that occurs, since a block that two warps share is the last of the one and the
-// first of the other.
+// A team of `warps_per_tile` warps takes a tile of 16 tokens. Columns are dealt out in groups of 32
+// (alore_tile.cuh), consecutive groups to a warp. Partial codes meet in shared memory: warp v's share of
+// block a's code is slot v + a, which is distinct for every pair that occurs, since a block that two warps
+// share is the last of the one and the first of the other.
 #include "kernels/alore.h"
 #include "kernels/alore_tile.cuh"
 
@@ -40,10 +40,11 @@ __device__ __forceinline__ void team_sync(int team, int warps) {
   }
 }
 
-// Mean and reciprocal standard deviation of a row from every warp's own mean and squares around it (Chan's update:
-// no second pass over the row, and no cancellation where the mean is large). The row's four lanes share the warps.
-__device__ __forceinline__ RowNorm combine_statistics(const float2* partial, const float* columns, int warps, int row,
-                                                     int c, float total, float eps) {
+// Mean and reciprocal standard deviation of a row from every warp's own mean and squares around it (Chan's
+// update: no second pass over the row, and no cancellation where the mean is large). The row's four lanes
+// share the warps.
+__device__ __forceinline__ RowNorm combine_statistics(const float2* partial, const float* columns, int warps,
+                                                      int row, int c, float total, float eps) {
   float2 own[2]{};
   float weight[2]{}, mean = 0.0f;
 #pragma unroll
@@ -61,8 +62,8 @@ __device__ __forceinline__ RowNorm combine_statistics(const float2* partial, con
   return {mean, 1.0f / sqrtf(row_sum(squares) / total + eps)};
 }
 
-// Makes the compiler unpack the rows again at their next use: kept in fp32 between passes they would not fit the
-// registers. Costs nothing at run time.
+// Makes the compiler unpack the rows again at their next use: kept in fp32 between passes they would not fit
+// the registers. Costs nothing at run time.
 template <typename In, int kGroups>
 __device__ __forceinline__ void forget_unpacked(Raw8<In> (&raw)[kGroups][2]) {
   if constexpr (!std::is_same_v<In, float>) {
@@ -77,19 +78,21 @@ __device__ __forceinline__ void forget_unpacked(Raw8<In> (&raw)[kGroups][2]) {
   }
 }
 
-// Walks a warp's groups: which block each lies in and which of the block's groups it is. kEven: blocks are whole
-// groups and every warp has its full count, so that columns follow each other without a gap and all are real.
+// Walks a warp's groups: which block each lies in and which of the block's groups it is. kEven: blocks are
+// whole groups and every warp has its full count, so that columns follow each other without a gap and all are
+// real.
 template <bool kEven>
 struct GroupWalk {
   int block, local, per_block;
-  int start, steps = 0;  // column of the first group; groups since then, a constant where the loop is unrolled
+  int start,
+      steps = 0;  // column of the first group; groups since then, a constant where the loop is unrolled
   __device__ GroupWalk(int first, int groups_per_block, int c)
       : block(first / groups_per_block),
         local(first % groups_per_block),
         per_block(groups_per_block),
         start(first * kGroupColumns + c * 8) {}
-  // From the first group again. The compiler must not know that: it would keep every group's addresses in registers
-  // from tile to tile, and spill the rows instead.
+  // From the first group again. The compiler must not know that: it would keep every group's addresses in
+  // registers from tile to tile, and spill the rows instead.
   __device__ void restart(const GroupWalk& first) {
     *this = first;
     asm volatile("" : "+r"(block), "+r"(local), "+r"(start));
@@ -112,7 +115,8 @@ struct GroupWalk {
   }
 };
 
-// Mean of rows g and g + 8 over this warp's columns and the sum of squares around it, in all lanes of the row.
+// Mean of rows g and g + 8 over this warp's columns and the sum of squares around it, in all lanes of the
+// row.
 struct RowMoments {
   float mean0, mean1, squares0, squares1;
 };
@@ -139,12 +143,13 @@ __device__ __forceinline__ void centred_squares(const Raw8<In> (&raw)[kGroups][2
   m.squares1 = row_sum(m.squares1);
 }
 
-// For 16-bit rows both sums are products that the tensor cores take: with ones, and with the rows themselves, whose
-// diagonal is the sum of squares. That sum is not centred: where the mean outweighs the spread enough to cost
-// precision, the warp goes over the rows again.
+// For 16-bit rows both sums are products that the tensor cores take: with ones, and with the rows themselves,
+// whose diagonal is the sum of squares. That sum is not centred: where the mean outweighs the spread enough
+// to cost precision, the warp goes over the rows again.
 template <typename In, int kGroups, bool kEven>
 __device__ __forceinline__ RowMoments row_moments(Raw8<In> (&raw)[kGroups][2], float columns,
-                                                  const GroupWalk<kEven>& first, const AdapterDims& d, int c) {
+                                                  const GroupWalk<kEven>& first, const AdapterDims& d,
+                                                  int c) {
   RowMoments m;
   const float share = 1.0f / columns;
   if constexpr (std::is_same_v<In, float>) {
@@ -161,8 +166,8 @@ __device__ __forceinline__ RowMoments row_moments(Raw8<In> (&raw)[kGroups][2], f
     m.mean1 = row_sum(sum1) * share;
     centred_squares(raw, m, first, d, c);
   } else {
-    // Each product takes eight columns of one row as they lie in registers: two of them as rows g and g + 8 of its A,
-    // so that no register moves and both halves of the result belong to the same row.
+    // Each product takes eight columns of one row as they lie in registers: two of them as rows g and g + 8
+    // of its A, so that no register moves and both halves of the result belong to the same row.
     const uint32_t ones = pack2<In>(1.0f, 1.0f);
     float sum0[4] = {}, sum1[4] = {}, gram0[4] = {}, gram1[4] = {}, more0[4] = {}, more1[4] = {};
 #pragma unroll
@@ -183,10 +188,8 @@ __device__ __forceinline__ RowMoments row_moments(Raw8<In> (&raw)[kGroups][2], f
     m.mean1 = (sum1[0] + sum1[2]) * share;
     // Row g's entry of a diagonal is with lane g / 2 of its four.
     const int lane = threadIdx.x % 32, g = lane / 4, from = (lane & ~3) | g / 2;
-    const float diagonal0 =
-        __shfl_sync(0xffffffffu, g % 2 ? gram0[1] + more0[3] : gram0[0] + more0[2], from);
-    const float diagonal1 =
-        __shfl_sync(0xffffffffu, g % 2 ? gram1[1] + more1[3] : gram1[0] + more1[2], from);
+    const float diagonal0 = __shfl_sync(0xffffffffu, g % 2 ? gram0[1] + more0[3] : gram0[0] + more0[2], from);
+    const float diagonal1 = __shfl_sync(0xffffffffu, g % 2 ? gram1[1] + more1[3] : gram1[0] + more1[2], from);
     const float shift0 = columns * m.mean0 * m.mean0, shift1 = columns * m.mean1 * m.mean1;
     m.squares0 = fmaxf(diagonal0 - shift0, 0.0f);
     m.squares1 = fmaxf(diagonal1 - shift1, 0.0f);
@@ -226,8 +229,9 @@ __device__ __forceinline__ void store_branch(const ForwardParams<In, Out>& p, Ou
   store_16(to, pack8<Out>(y));
 }
 
-// What a kernel is compiled for. The two fast paths fix at compile time what training a backbone asks for: blocks of
-// whole groups, four of them, one code tile, no dropout and no residual input. kGeneral asks at run time.
+// What a kernel is compiled for. The two fast paths fix at compile time what training a backbone asks for:
+// blocks of whole groups, four of them, one code tile, no dropout and no residual input. kGeneral asks at run
+// time.
 enum class Path { kNorm, kBare, kGeneral };
 
 template <typename In, typename Out, int kGroups, Path kPath>
@@ -244,7 +248,8 @@ __global__ void __launch_bounds__(32 * forward_warps(kGroups, sizeof(In) == 4, k
   const int warps = p.warps_per_tile, teams = blockDim.x / 32 / warps;
   const int lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
   const int team = threadIdx.x / 32 / warps, v = threadIdx.x / 32 % warps;
-  const int per_block = d.groups_per_block, image_stride = d.image_stride, dim = d.embed_dim, chunks = d.chunks;
+  const int per_block = d.groups_per_block, image_stride = d.image_stride, dim = d.embed_dim,
+            chunks = d.chunks;
   const GroupWalk<kFast> first(v * kGroups, per_block, c);
   GroupWalk<kFast> walk = first;
 
@@ -254,8 +259,8 @@ __global__ void __launch_bounds__(32 * forward_warps(kGroups, sizeof(In) == 4, k
   auto* code = reinterpret_cast<float*>(own + layout.code);               // [slots, 16, padded]
   auto* mixed = reinterpret_cast<Out*>(own + layout.mixed);               // [num_blocks, 16, code_stride]
 
-  // The next tile's rows come in while this one is worked on. A thread copies just what it will itself read, so that
-  // waiting for its own copies is enough.
+  // The next tile's rows come in while this one is worked on. A thread copies just what it will itself read,
+  // so that waiting for its own copies is enough.
   constexpr int kPieces = sizeof(In) / 2;  // of 16 bytes
   unsigned char* stage = own + layout.stage + (v * 32 + lane) * stage_bytes_per_thread(kGroups, kPieces == 2);
   const int64_t step = int64_t{gridDim.x} * teams, last_row = p.num_tokens - 1;
@@ -271,7 +276,8 @@ __global__ void __launch_bounds__(32 * forward_warps(kGroups, sizeof(In) == 4, k
         for (int k = 0; k < kPieces; ++k) {
           constexpr int kElements = 16 / sizeof(In);
           copy_async_16(stage + (i * 2 * kPieces + k) * 16, walk.in_row(from0, d, c) + k * kElements, true);
-          copy_async_16(stage + ((i * 2 + 1) * kPieces + k) * 16, walk.in_row(from1, d, c) + k * kElements, true);
+          copy_async_16(stage + ((i * 2 + 1) * kPieces + k) * 16, walk.in_row(from1, d, c) + k * kElements,
+                        true);
         }
       }
     }
@@ -331,8 +337,10 @@ __global__ void __launch_bounds__(32 * forward_warps(kGroups, sizeof(In) == 4, k
 #pragma unroll
       for (int i = 0; i < kGroups; ++i, walk.next()) {
         if (!walk.inside(d, c)) continue;
-        if (live0) add_residual(raw[i][0], walk.in_row(p.residual + at0, d, c), walk.in_row(p.sum + at0, d, c));
-        if (live1) add_residual(raw[i][1], walk.in_row(p.residual + at1, d, c), walk.in_row(p.sum + at1, d, c));
+        if (live0)
+          add_residual(raw[i][0], walk.in_row(p.residual + at0, d, c), walk.in_row(p.sum + at0, d, c));
+        if (live1)
+          add_residual(raw[i][1], walk.in_row(p.residual + at1, d, c), walk.in_row(p.sum + at1, d, c));
       }
     }
 
@@ -346,7 +354,8 @@ __global__ void __launch_bounds__(32 * forward_warps(kGroups, sizeof(In) == 4, k
       }
       team_sync(team, warps);
       const RowNorm s0 = combine_statistics(statistics, columns, warps, g, c, static_cast<float>(dim), p.eps);
-      const RowNorm s1 = combine_statistics(statistics, columns, warps, g + 8, c, static_cast<float>(dim), p.eps);
+      const RowNorm s1 =
+          combine_statistics(statistics, columns, warps, g + 8, c, static_cast<float>(dim), p.eps);
       if (v == 0 && c == 0) {
         if (live0) p.mean[row0] = s0.mean, p.rstd[row0] = s0.rstd;
         if (live1) p.mean[row1] = s1.mean, p.rstd[row1] = s1.rstd;
@@ -403,14 +412,15 @@ __global__ void __launch_bounds__(32 * forward_warps(kGroups, sizeof(In) == 4, k
         float4 z = *reinterpret_cast<const float4*>(code + ((from + a) * kTileRows + row) * padded + w);
 #pragma unroll 1
         for (int u = from + 1; u <= to; ++u) {
-          const float4 more = *reinterpret_cast<const float4*>(code + ((u + a) * kTileRows + row) * padded + w);
+          const float4 more =
+              *reinterpret_cast<const float4*>(code + ((u + a) * kTileRows + row) * padded + w);
           z.x += more.x, z.y += more.y, z.z += more.z, z.w += more.w;
         }
         const float4 s = *reinterpret_cast<const float4*>(mixing + (a * num_blocks + b) * padded + w);
         h.x += s.x * z.x, h.y += s.y * z.y, h.z += s.z * z.z, h.w += s.w * z.w;
       }
       *reinterpret_cast<uint2*>(mixed + (b * kTileRows + row) * code_stride + w) = {pack2<Out>(h.x, h.y),
-                                                                                     pack2<Out>(h.z, h.w)};
+                                                                                    pack2<Out>(h.z, h.w)};
     }
     team_sync(team, warps);
 
@@ -451,7 +461,8 @@ void launch(const CudaContext& context, const AloreForwardPlan& plan, const Forw
   const auto kernel = alore_forward_kernel<In, Out, kGroups, kPath>;
   static SharedMemoryGrants grants;
   grants.allow(reinterpret_cast<const void*>(kernel), plan.shared_bytes, "alore_forward");
-  kernel<<<plan.blocks, 32 * plan.warps_per_tile * plan.tiles_per_block, plan.shared_bytes, context.stream>>>(params);
+  kernel<<<plan.blocks, 32 * plan.warps_per_tile * plan.tiles_per_block, plan.shared_bytes, context.stream>>>(
+      params);
   check_launch("alore_forward");
 }
 
@@ -472,11 +483,13 @@ void alore_forward(const CudaContext& context, const AloreShape& s, const AloreF
                    const AloreForwardArgs& a) {
   if (!plan.fused) throw std::runtime_error("alore_forward: no fused kernel for this shape");
   if (s.num_tokens == 0) return;
-  const AdapterDims dims{static_cast<int>(s.num_blocks), static_cast<int>(s.block_dim), static_cast<int>(s.width())};
+  const AdapterDims dims{static_cast<int>(s.num_blocks), static_cast<int>(s.block_dim),
+                         static_cast<int>(s.width())};
   const ForwardLayout layout(dims, plan.groups_per_warp, plan.warps_per_tile, plan.tiles_per_block, s.norm,
                              s.input == DType::kFloat32);
-  const FactorSource factors{a.adapter.scale, a.adapter.down, a.adapter.up, s.factor,
-                             static_cast<int>(s.num_experts), static_cast<int>(s.rank)};
+  const FactorSource factors{
+      a.adapter.scale,         a.adapter.down, a.adapter.up, s.factor, static_cast<int>(s.num_experts),
+      static_cast<int>(s.rank)};
   const auto run = [&](auto in_tag, auto out_tag) {
     using In = typename decltype(in_tag)::type;
     using Out = typename decltype(out_tag)::type;

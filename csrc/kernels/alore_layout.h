@@ -1,4 +1,5 @@
-// How the fused ALoRE kernels lay out shared memory: the plan asks for the bytes, the kernels get the offsets.
+// How the fused ALoRE kernels lay out shared memory: the plan asks for the bytes, the kernels get the
+// offsets.
 #pragma once
 
 namespace alore::kernels {
@@ -14,22 +15,23 @@ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 constexpr int max_of(int a, int b) { return a > b ? a : b; }
 constexpr int align_up(int bytes, int to) { return ceil_div(bytes, to) * to; }
 
-// Rows whose stride is 64 bytes past a multiple of 128 let 8 lanes (2 rows x 4 neighbouring 16-byte pieces) read
-// without bank conflicts. Counted in 16-bit elements; at least `columns`, rounded up to a whole group.
+// Rows whose stride is 64 bytes past a multiple of 128 let 8 lanes (2 rows x 4 neighbouring 16-byte pieces)
+// read without bank conflicts. Counted in 16-bit elements; at least `columns`, rounded up to a whole group.
 constexpr int conflict_free_stride(int columns) { return (columns + 31) / 64 * 64 + 32; }
 
 // The same for rows of floats read as two 16-byte pieces a lane.
 constexpr int conflict_free_stride_fp32(int columns) { return (columns * 4 + 111) / 128 * 32 + 4; }
 
-// An adapter's shape and the sizes that follow from it: worked out once on the host, read from the kernel's parameters.
+// An adapter's shape and the sizes that follow from it: worked out once on the host, read from the kernel's
+// parameters.
 struct AdapterDims {
   int num_blocks, block_dim, width;
   int embed_dim;
-  int groups_per_block, groups;          // of 32 columns; groups never cross a block
-  int code_tiles, padded_width;          // code columns in tiles of 16
-  int code_stride;                       // of a 16-bit code tile's rows, conflict-free for ldmatrix
-  int image_stride;                      // of a code image's rows
-  int chunks;                            // of 8 columns in a block, padded
+  int groups_per_block, groups;  // of 32 columns; groups never cross a block
+  int code_tiles, padded_width;  // code columns in tiles of 16
+  int code_stride;               // of a 16-bit code tile's rows, conflict-free for ldmatrix
+  int image_stride;              // of a code image's rows
+  int chunks;                    // of 8 columns in a block, padded
 
   AdapterDims(int blocks, int block, int code_width)
       : num_blocks(blocks),
@@ -51,8 +53,8 @@ struct AdapterDims {
   int affine_bytes() const { return (embed_dim + kGroupColumns) * 4; }
 };
 
-// Warps that share a multiprocessor in forward: by the registers that a lane's rows and the work on them take, so that
-// nothing spills.
+// Warps that share a multiprocessor in forward: by the registers that a lane's rows and the work on them
+// take, so that nothing spills.
 struct ForwardWarps {
   int of_block, blocks;  // warps of a block at most, blocks of a multiprocessor
 };
@@ -62,8 +64,8 @@ constexpr ForwardWarps forward_warps(int groups_per_warp, bool wide_input, bool 
   return groups_per_warp == 6 ? ForwardWarps{12, 1} : ForwardWarps{6, 2};
 }
 
-// A forward thread's own stage: its pieces of 16 bytes, and one more, so that an odd stride keeps neighbours' accesses
-// in different banks.
+// A forward thread's own stage: its pieces of 16 bytes, and one more, so that an odd stride keeps neighbours'
+// accesses in different banks.
 constexpr int stage_bytes_per_thread(int groups_per_warp, bool wide_input) {
   return (groups_per_warp * 2 * (wide_input ? 2 : 1) + 1) * 16;
 }
@@ -98,12 +100,12 @@ struct BackwardLayout {
   int row_sums = 0;                    // float2 [row_tiles * num_blocks * key_splits, 16]
   int row_means = 0;                   // float2 [row_tiles * 16, 2]
   int stages = 0, stage_bytes = 0;
-  int x_stride = 0, grad_stride = 0;             // elements
-  int grad = 0, mean = 0, rstd = 0;              // within a stage; x is at 0
+  int x_stride = 0, grad_stride = 0;  // elements
+  int grad = 0, mean = 0, rstd = 0;   // within a stage; x is at 0
   int bytes = 0;
 
-  BackwardLayout(const AdapterDims& d, int threads, int row_tiles, int num_stages, int key_splits,
-                 bool norm, bool wide_input) {
+  BackwardLayout(const AdapterDims& d, int threads, int row_tiles, int num_stages, int key_splits, bool norm,
+                 bool wide_input) {
     const int rows = row_tiles * kTileRows, tiles = row_tiles * d.num_blocks;
     up = down + d.code_image_bytes();
     down_out = up + d.code_image_bytes();
@@ -128,7 +130,8 @@ struct BackwardLayout {
     rstd = mean + rows * 4;
     stage_bytes = align_up(rstd + rows * 4, 128);
     bytes = stages + num_stages * stage_bytes;
-    // At the end the block's sums lie from `code` on: both factors' gradients, then one row of d(scale) a thread.
+    // At the end the block's sums lie from `code` on: both factors' gradients, then one row of d(scale) a
+    // thread.
     const int sums = max_of(2 * d.width * d.block_dim, threads * d.num_blocks) * 4;
     bytes = max_of(bytes, code + sums);
   }

@@ -7,7 +7,6 @@
 namespace alore::kernels {
 namespace {
 
-
 AdapterDims dims_of(const AloreShape& s) {
   return {static_cast<int>(s.num_blocks), static_cast<int>(s.block_dim), static_cast<int>(s.width())};
 }
@@ -18,7 +17,8 @@ bool is_half(DType t) { return t == DType::kBFloat16 || t == DType::kFloat16; }
 const char* refusal(const AloreShape& s, const DeviceLimits& device) {
   if (device.capability < 80) return "needs compute capability 8.0 (16-bit tensor core instructions)";
   if (!is_half(s.output)) return "activations are not 16-bit";
-  if (s.input != s.output && !(s.norm && s.input == DType::kFloat32)) return "mixed activation types without a norm";
+  if (s.input != s.output && !(s.norm && s.input == DType::kFloat32))
+    return "mixed activation types without a norm";
   if (s.block_dim % 8 != 0) return "embed_dim / num_experts is not a multiple of 8";
   if (s.num_blocks > kMaxBlocks) return "more than 8 blocks a token";
   if (s.width() > kMaxCodeWidth) return "num_experts * rank above 64";
@@ -26,9 +26,7 @@ const char* refusal(const AloreShape& s, const DeviceLimits& device) {
   return nullptr;
 }
 
-int clamp_int(int64_t v, int low, int high) {
-  return static_cast<int>(std::clamp<int64_t>(v, low, high));
-}
+int clamp_int(int64_t v, int low, int high) { return static_cast<int>(std::clamp<int64_t>(v, low, high)); }
 
 // The least padding first, then the fewest warps a tile: they meet at barriers.
 bool choose_groups(const AloreShape& s, const AdapterDims& d, AloreForwardPlan& plan) {
@@ -64,8 +62,8 @@ AloreForwardPlan plan_alore_forward(const AloreShape& s, const DeviceLimits& dev
   plan.even = s.block_dim % kGroupColumns == 0 && plan.warps_per_tile * plan.groups_per_warp == d.groups;
   const ForwardWarps most = forward_warps(plan.groups_per_warp, s.input == DType::kFloat32, s.norm);
   for (plan.tiles_per_block = std::max(1, most.of_block / plan.warps_per_tile);; --plan.tiles_per_block) {
-    plan.shared_bytes = ForwardLayout(d, plan.groups_per_warp, plan.warps_per_tile, plan.tiles_per_block, s.norm,
-                                      s.input == DType::kFloat32)
+    plan.shared_bytes = ForwardLayout(d, plan.groups_per_warp, plan.warps_per_tile, plan.tiles_per_block,
+                                      s.norm, s.input == DType::kFloat32)
                             .bytes;
     if (plan.shared_bytes <= device.shared_per_block) break;
     if (plan.tiles_per_block == 1) {
@@ -75,7 +73,8 @@ AloreForwardPlan plan_alore_forward(const AloreShape& s, const DeviceLimits& dev
   }
   const int threads = 32 * plan.warps_per_tile * plan.tiles_per_block;
   const int by_registers = std::max(1, most.blocks * most.of_block * 32 / threads);
-  const int by_shared = std::max<int>(1, static_cast<int>((device.shared_per_block + 1024) / (plan.shared_bytes + 1024)));
+  const int by_shared =
+      std::max<int>(1, static_cast<int>((device.shared_per_block + 1024) / (plan.shared_bytes + 1024)));
   const int resident = device.num_sms * std::min(by_registers, by_shared);
   plan.blocks = clamp_int((tiles + plan.tiles_per_block - 1) / plan.tiles_per_block, 1, resident);
   plan.fused = true;
@@ -96,7 +95,8 @@ AloreBackwardPlan plan_alore_backward(const AloreShape& s, const DeviceLimits& d
   const int items = d.groups_per_block * d.code_tiles;
   const bool many_blocks = d.num_blocks > 4;  // the mixing's gradient then takes 64 registers a thread
   // 12 warps where that splits the work evenly (block_dim 96, 192, 384), else 8.
-  plan.warps = !many_blocks && (items > 8 || 12 % items == 0) && items != 1 && items != 2 && items != 4 ? 12 : 8;
+  plan.warps =
+      !many_blocks && (items > 8 || 12 % items == 0) && items != 1 && items != 2 && items != 4 ? 12 : 8;
   plan.items_per_warp = ceil_div(items, plan.warps);
   if (plan.items_per_warp > (many_blocks ? 1 : 2)) {
     plan.reason = "factor gradients do not fit the registers of a block";
@@ -114,7 +114,8 @@ AloreBackwardPlan plan_alore_backward(const AloreShape& s, const DeviceLimits& d
         BackwardLayout(d, 32 * plan.warps, plan.row_tiles, plan.stages, plan.key_splits, s.norm, wide).bytes;
     return plan.shared_bytes <= device.shared_per_block;
   };
-  // A second stage, which hides the loads, before anything else; then more tokens at a time; then more warps a code.
+  // A second stage, which hides the loads, before anything else; then more tokens at a time; then more warps
+  // a code.
   const auto choose = [&](int least_stages) {
     for (int row_tiles = plan.row_tiles; row_tiles >= 1; row_tiles /= 2) {
       const int most = clamp_int(plan.warps / (row_tiles * d.num_blocks), 1, d.groups_per_block);
@@ -147,8 +148,7 @@ std::string AloreForwardPlan::to_string() const {
   } else {
     out << "AloreForwardPlan(path=fused, blocks=" << blocks << ", tiles_per_block=" << tiles_per_block
         << ", warps_per_tile=" << warps_per_tile << ", groups_per_warp=" << groups_per_warp
-        << ", even=" << (even ? "true" : "false")
-        << ", shared_bytes=" << shared_bytes << ")";
+        << ", even=" << (even ? "true" : "false") << ", shared_bytes=" << shared_bytes << ")";
   }
   return out.str();
 }
@@ -158,10 +158,10 @@ std::string AloreBackwardPlan::to_string() const {
   if (!fused) {
     out << "AloreBackwardPlan(path=general, reason=" << reason << ")";
   } else {
-    out << "AloreBackwardPlan(path=fused, blocks=" << blocks << ", warps=" << warps << ", row_tiles=" << row_tiles
-        << ", stages=" << stages << ", key_splits=" << key_splits << ", items_per_warp=" << items_per_warp
-        << ", parts=" << parts << ", shared_bytes=" << shared_bytes << ", workspace_bytes=" << workspace_bytes
-        << ")";
+    out << "AloreBackwardPlan(path=fused, blocks=" << blocks << ", warps=" << warps
+        << ", row_tiles=" << row_tiles << ", stages=" << stages << ", key_splits=" << key_splits
+        << ", items_per_warp=" << items_per_warp << ", parts=" << parts << ", shared_bytes=" << shared_bytes
+        << ", workspace_bytes=" << workspace_bytes << ")";
   }
   return out.str();
 }

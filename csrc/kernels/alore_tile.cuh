@@ -1,9 +1,10 @@
-// Pieces that the fused ALoRE kernels share: tensor-core tiles of 16 tokens, and the factors' images in shared memory.
+// Pieces that the fused ALoRE kernels share: tensor-core tiles of 16 tokens, and the factors' images in
+// shared memory.
 //
-// A lane (g = lane / 4, c = lane % 4) holds, of rows g and g + 8, the 8 columns 8c .. 8c+7 of a group of 32: 16-byte
-// loads and stores. mma.m16n8k16 wants columns 2c, 2c+1, 2c+8, 2c+9 of an operand there, but a sum does not care for
-// the order of its terms: both operands are permuted alike, and no value moves between lanes. The same trick orders
-// the output columns, so results land where the row's own values are.
+// A lane (g = lane / 4, c = lane % 4) holds, of rows g and g + 8, the 8 columns 8c .. 8c+7 of a group of 32:
+// 16-byte loads and stores. mma.m16n8k16 wants columns 2c, 2c+1, 2c+8, 2c+9 of an operand there, but a sum
+// does not care for the order of its terms: both operands are permuted alike, and no value moves between
+// lanes. The same trick orders the output columns, so results land where the row's own values are.
 #pragma once
 
 #include "kernels/alore_layout.h"
@@ -38,11 +39,13 @@ template <typename T>
 __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+        "{%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   } else {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+        "{%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   }
@@ -87,7 +90,8 @@ __device__ __forceinline__ void load_a_transposed(uint32_t (&a)[4], const T* til
                : "memory");
 }
 
-// Transposes an 8 x 8 matrix of 16-bit values held by the warp, row lane / 4, columns 2 * (lane % 4) and the next.
+// Transposes an 8 x 8 matrix of 16-bit values held by the warp, row lane / 4, columns 2 * (lane % 4) and the
+// next.
 __device__ __forceinline__ uint32_t transpose8x8(uint32_t v) {
   uint32_t out;
   asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(v));
@@ -112,10 +116,11 @@ __device__ __forceinline__ uint4 load_streamed(const void* p) {
   return v;
 }
 
-// 16 bytes in one instruction: left to itself the compiler has split these stores in four, which cost more in the L2
-// cache than all the rest of a tile.
+// 16 bytes in one instruction: left to itself the compiler has split these stores in four, which cost more in
+// the L2 cache than all the rest of a tile.
 __device__ __forceinline__ void store_16(void* p, const uint4& v) {
-  asm volatile("st.global.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+  asm volatile("st.global.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
 }
 
 // Eight neighbouring values of a row.
@@ -131,7 +136,8 @@ __device__ __forceinline__ Eight unpack8(const uint4& q) {
 
 template <typename T>
 __device__ __forceinline__ uint4 pack8(const Eight& e) {
-  return {pack2<T>(e.v[0], e.v[1]), pack2<T>(e.v[2], e.v[3]), pack2<T>(e.v[4], e.v[5]), pack2<T>(e.v[6], e.v[7])};
+  return {pack2<T>(e.v[0], e.v[1]), pack2<T>(e.v[2], e.v[3]), pack2<T>(e.v[4], e.v[5]),
+          pack2<T>(e.v[6], e.v[7])};
 }
 
 // The norm of a row; {0, 1} is no norm.
@@ -139,8 +145,8 @@ struct RowNorm {
   float mean, rstd;
 };
 
-// (x - mean) * rstd in one instruction a value. mean * rstd is rounded first: an error of 2^-24 of it, far below the
-// 16-bit result's own rounding unless the mean is thousands of times the spread.
+// (x - mean) * rstd in one instruction a value. mean * rstd is rounded first: an error of 2^-24 of it, far
+// below the 16-bit result's own rounding unless the mean is thousands of times the spread.
 __device__ __forceinline__ Eight normalised(Eight x, RowNorm r) {
   const float shift = r.mean * r.rstd;
 #pragma unroll
@@ -184,9 +190,10 @@ struct Raw8<float> {
   __device__ __forceinline__ Eight floats() const { return e; }
   __device__ __forceinline__ void set(const Eight& v) { e = v; }
   __device__ __forceinline__ void store(float* p) const {
-    store_16(p, {__float_as_uint(e.v[0]), __float_as_uint(e.v[1]), __float_as_uint(e.v[2]), __float_as_uint(e.v[3])});
-    store_16(p + 4,
-             {__float_as_uint(e.v[4]), __float_as_uint(e.v[5]), __float_as_uint(e.v[6]), __float_as_uint(e.v[7])});
+    store_16(p, {__float_as_uint(e.v[0]), __float_as_uint(e.v[1]), __float_as_uint(e.v[2]),
+                 __float_as_uint(e.v[3])});
+    store_16(p + 4, {__float_as_uint(e.v[4]), __float_as_uint(e.v[5]), __float_as_uint(e.v[6]),
+                     __float_as_uint(e.v[7])});
   }
 };
 
@@ -244,8 +251,8 @@ __device__ __forceinline__ float factor_value(uint32_t bits, DType type) {
                                                     : __float_as_uint(half));
 }
 
-// n / d for 0 <= n < 2^21, by one multiplication: the quotient's distance from an integer is at least 1 / (2 d) once
-// half is added, more than fp32 rounding can move it.
+// n / d for 0 <= n < 2^21, by one multiplication: the quotient's distance from an integer is at least 1 / (2
+// d) once half is added, more than fp32 rounding can move it.
 struct FastDivide {
   int divisor;
   float inverse;
@@ -255,8 +262,8 @@ struct FastDivide {
   }
 };
 
-// Calls put(i, source[i]) for every i < count, the block's threads side by side. A batch of loads is in flight
-// before the first value is used.
+// Calls put(i, source[i]) for every i < count, the block's threads side by side. A batch of loads is in
+// flight before the first value is used.
 template <typename Put>
 __device__ __forceinline__ void scatter(const void* source, DType type, int count, Put put) {
   constexpr int kBatch = 8;
@@ -279,7 +286,8 @@ __device__ __forceinline__ void scatter(const void* source, DType type, int coun
 
 __device__ inline void fill_zero(unsigned char* shared, int bytes) {  // a multiple of 16
 #pragma unroll 4
-  for (int i = threadIdx.x * 16; i < bytes; i += blockDim.x * 16) *reinterpret_cast<uint4*>(shared + i) = {0, 0, 0, 0};
+  for (int i = threadIdx.x * 16; i < bytes; i += blockDim.x * 16)
+    *reinterpret_cast<uint4*>(shared + i) = {0, 0, 0, 0};
 }
 
 // Where entry i of a factor belongs: code column w, block column j.
@@ -306,21 +314,25 @@ struct UpPlace {  // up [num_experts, rank, block_dim]: code column w = expert *
   }
 };
 
-// Code image [padded_width, image_stride]: row w holds a factor's column w over the block, zeros outside. The B operand
-// of products that sum over a block's columns: lane (g, c) reads 16 bytes, columns 8c .. 8c+7 of code column g.
-__device__ __forceinline__ int code_image_at(const AdapterDims& d, CodePlace p) { return p.w * d.image_stride + p.j; }
+// Code image [padded_width, image_stride]: row w holds a factor's column w over the block, zeros outside. The
+// B operand of products that sum over a block's columns: lane (g, c) reads 16 bytes, columns 8c .. 8c+7 of
+// code column g.
+__device__ __forceinline__ int code_image_at(const AdapterDims& d, CodePlace p) {
+  return p.w * d.image_stride + p.j;
+}
 
-// Output image: the B operand of products that sum over the code, [code tile, column / 8][pair][parity][lane][8]: a
-// lane's 16 bytes are its code columns 2c, 2c+1, 2c+8, 2c+9 for two neighbouring output tiles. Output tile t of a
-// group holds columns 8c' + 2t and 8c' + 2t + 1 of the lanes c' = 0..3.
-__device__ __forceinline__ int output_image_at(int chunks, int code_tile, int chunk, int pair, int parity, int c) {
+// Output image: the B operand of products that sum over the code, [code tile, column /
+// 8][pair][parity][lane][8]: a lane's 16 bytes are its code columns 2c, 2c+1, 2c+8, 2c+9 for two neighbouring
+// output tiles. Output tile t of a group holds columns 8c' + 2t and 8c' + 2t + 1 of the lanes c' = 0..3.
+__device__ __forceinline__ int output_image_at(int chunks, int code_tile, int chunk, int pair, int parity,
+                                               int c) {
   return ((((code_tile * chunks + chunk) * 2 + pair) * 2 + parity) * 4 + c) * 8;
 }
 
 __device__ __forceinline__ int output_image_at(const AdapterDims& d, CodePlace p) {
   const int u = p.w % kCodeTile, tile = p.j % 8 / 2;
-  return output_image_at(d.chunks, p.w / kCodeTile, p.j / 8, tile / 2, p.j % 2, u % 8 / 2) + tile % 2 * 4 + u / 8 * 2 +
-         u % 2;
+  return output_image_at(d.chunks, p.w / kCodeTile, p.j / 8, tile / 2, p.j % 2, u % 8 / 2) + tile % 2 * 4 +
+         u / 8 * 2 + u % 2;
 }
 
 // mixing[a, b, w] = scale[expert of w, a, b]; zeros were there before.
@@ -344,11 +356,12 @@ __device__ inline void fill_affine(float* out, const void* vector, DType type, i
   if (threadIdx.x < kGroupColumns) out[dim + threadIdx.x] = 0.0f;
 }
 
-// code[16, 16 columns of `code_tile`] += values[16, 32] @ image: two mma in depth, two tiles in width. rows g and g+8
-// are 16-bit.
+// code[16, 16 columns of `code_tile`] += values[16, 32] @ image: two mma in depth, two tiles in width. rows g
+// and g+8 are 16-bit.
 template <typename T>
 __device__ __forceinline__ void accumulate_code(float (&code)[2][4], const uint4& row0, const uint4& row1,
-                                                const T* image, int stride, int code_tile, int column, int g) {
+                                                const T* image, int stride, int code_tile, int column,
+                                                int g) {
   const uint32_t first[4] = {row0.x, row1.x, row0.y, row1.y};
   const uint32_t second[4] = {row0.z, row1.z, row0.w, row1.w};
 #pragma unroll
@@ -359,14 +372,16 @@ __device__ __forceinline__ void accumulate_code(float (&code)[2][4], const uint4
   }
 }
 
-// out[16, 32] += code[16, 16] @ image, where out[t][0..1] are columns 8c + 2t and the next of row g, out[t][2..3] of
-// row g + 8.
+// out[16, 32] += code[16, 16] @ image, where out[t][0..1] are columns 8c + 2t and the next of row g,
+// out[t][2..3] of row g + 8.
 template <typename T>
-__device__ __forceinline__ void accumulate_output(float (&out)[4][4], const uint32_t (&code)[4], const T* image,
-                                                  int chunks, int code_tile, int first_chunk, int g, int c) {
+__device__ __forceinline__ void accumulate_output(float (&out)[4][4], const uint32_t (&code)[4],
+                                                  const T* image, int chunks, int code_tile, int first_chunk,
+                                                  int g, int c) {
 #pragma unroll
   for (int pair = 0; pair < 2; ++pair) {
-    const uint4 b = load_shared_16(image + output_image_at(chunks, code_tile, first_chunk + g / 2, pair, g % 2, c));
+    const uint4 b =
+        load_shared_16(image + output_image_at(chunks, code_tile, first_chunk + g / 2, pair, g % 2, c));
     mma<T>(out[pair * 2], code, b.x, b.y);
     mma<T>(out[pair * 2 + 1], code, b.z, b.w);
   }

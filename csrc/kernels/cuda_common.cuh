@@ -25,8 +25,8 @@ inline void check(cudaError_t status, const char* what) {
 
 inline void check_launch(const char* kernel) { check(cudaGetLastError(), kernel); }
 
-// What a kernel may ask for beyond 48 KiB of shared memory, raised once a device rather than at every launch. One
-// static object a kernel; `kernel` is always the same one or one of a few that share the largest grant.
+// What a kernel may ask for beyond 48 KiB of shared memory, raised once a device rather than at every launch.
+// One static object a kernel; `kernel` is always the same one or one of a few that share the largest grant.
 class SharedMemoryGrants {
  public:
   void allow(const void* kernel, int bytes, const char* what) {

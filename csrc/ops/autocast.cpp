@@ -74,8 +74,9 @@ struct Lower {
     const auto type = wide ? sum_type : dtype();
     const Tensor in = x.to(type), other = residual.to(type);
     if (sum_type == at::kFloat && !out_dtype.has_value()) out_dtype = dtype();
-    return add_layer_norm_alore_op().call(in, other, factor(weight, in), factor(bias, in), eps, factor(scale, in),
-                                          factor(down, in), factor(up, in), seed, dropout_p, out_dtype);
+    return add_layer_norm_alore_op().call(in, other, factor(weight, in), factor(bias, in), eps,
+                                          factor(scale, in), factor(down, in), factor(up, in), seed,
+                                          dropout_p, out_dtype);
   }
 
   // A float32 weight is passed on: the op folds the update into it and rounds once, in the place of this
@@ -104,7 +105,8 @@ struct Lower {
                                     const Tensor& index) {
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(key);
     const Tensor low = cast(x);
-    return kron_linear_grouped_op().call(low, factors(scale, low), factors(down, low), factors(up, low), index);
+    return kron_linear_grouped_op().call(low, factors(scale, low), factors(down, low), factors(up, low),
+                                         index);
   }
 
   static Tensor alore_grouped(const Tensor& x, TensorList scale, TensorList down, TensorList up,
@@ -115,15 +117,16 @@ struct Lower {
   }
 
   // As layer_norm_alore.
-  static Tensor layer_norm_alore_grouped(const Tensor& x, const OptTensor& weight, const OptTensor& bias, double eps,
-                                         TensorList scale, TensorList down, TensorList up, const Tensor& index,
-                                         std::optional<at::ScalarType> out_dtype) {
+  static Tensor layer_norm_alore_grouped(const Tensor& x, const OptTensor& weight, const OptTensor& bias,
+                                         double eps, TensorList scale, TensorList down, TensorList up,
+                                         const Tensor& index, std::optional<at::ScalarType> out_dtype) {
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(key);
     const bool wide = x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble;
     const Tensor in = wide ? x : cast(x);
     if (x.scalar_type() == at::kFloat && !out_dtype.has_value()) out_dtype = dtype();
-    return layer_norm_alore_grouped_op().call(in, factor(weight, in), factor(bias, in), eps, factors(scale, in),
-                                              factors(down, in), factors(up, in), index, out_dtype);
+    return layer_norm_alore_grouped_op().call(in, factor(weight, in), factor(bias, in), eps,
+                                              factors(scale, in), factors(down, in), factors(up, in), index,
+                                              out_dtype);
   }
 
   // The base weight serves all samples, so no update can be folded into it.

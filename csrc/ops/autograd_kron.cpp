@@ -49,25 +49,26 @@ class Alore : public torch::autograd::Function<Alore> {
   }
 };
 
-// Both forms of the norm, told apart by `residual`: the sum is an output of the one and not there in the other.
-// Outputs: y, sum, mean, rstd.
+// Both forms of the norm, told apart by `residual`: the sum is an output of the one and not there in the
+// other. Outputs: y, sum, mean, rstd.
 class LayerNormAlore : public torch::autograd::Function<LayerNormAlore> {
  public:
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const OptTensor& residual,
-                               const OptTensor& weight, const OptTensor& bias, double eps, const Tensor& scale,
-                               const Tensor& down, const Tensor& up, const OptTensor& seed, double dropout_p,
+                               const OptTensor& weight, const OptTensor& bias, double eps,
+                               const Tensor& scale, const Tensor& down, const Tensor& up,
+                               const OptTensor& seed, double dropout_p,
                                std::optional<at::ScalarType> out_dtype) {
     const at::AutoDispatchBelowADInplaceOrView below;
     Tensor y, sum, mean, rstd;
     if (residual.has_value()) {
-      std::tie(y, sum, mean, rstd) = add_layer_norm_alore_op().call(x, *residual, weight, bias, eps, scale, down, up,
-                                                                    seed, dropout_p, out_dtype);
+      std::tie(y, sum, mean, rstd) = add_layer_norm_alore_op().call(x, *residual, weight, bias, eps, scale,
+                                                                    down, up, seed, dropout_p, out_dtype);
     } else {
       std::tie(y, mean, rstd) =
           layer_norm_alore_op().call(x, weight, bias, eps, scale, down, up, seed, dropout_p, out_dtype);
     }
-    ctx->save_for_backward({residual.has_value() ? sum : x, unwrap(weight), unwrap(bias), mean, rstd, scale, down, up,
-                            unwrap(seed)});
+    ctx->save_for_backward({residual.has_value() ? sum : x, unwrap(weight), unwrap(bias), mean, rstd, scale,
+                            down, up, unwrap(seed)});
     ctx->saved_data["dropout_p"] = dropout_p;
     ctx->saved_data["has_residual"] = residual.has_value();
     ctx->saved_data["y_dtype"] = static_cast<int64_t>(y.scalar_type());
@@ -87,13 +88,26 @@ class LayerNormAlore : public torch::autograd::Function<LayerNormAlore> {
     const Tensor grad_y = grad[0].defined() ? grad[0] : at::zeros_like(s[0], s[0].options().dtype(y_dtype));
     NeededGrads needed(ctx);
     const bool x_needed = needed.next(), residual_needed = needed.next(has_residual);
-    const Mask6 mask{x_needed || residual_needed, needed.next(s[1].defined()), needed.next(s[2].defined()),
-                     needed.next(), needed.next(), needed.next()};
+    const Mask6 mask{x_needed || residual_needed,
+                     needed.next(s[1].defined()),
+                     needed.next(s[2].defined()),
+                     needed.next(),
+                     needed.next(),
+                     needed.next()};
     auto [dx, dweight, dbias, dscale, ddown, dup] = layer_norm_alore_backward_op().call(
         grad_y, s[0], wrap(s[1]), wrap(s[2]), s[3], s[4], s[5], s[6], s[7], wrap(s[8]),
         ctx->saved_data["dropout_p"].toDouble(), mask, wrap(grad_sum));
-    return {x_needed ? dx : Tensor(), residual_needed ? dx : Tensor(), dweight, dbias, Tensor(), dscale, ddown, dup,
-            Tensor(), Tensor(), Tensor()};
+    return {x_needed ? dx : Tensor(),
+            residual_needed ? dx : Tensor(),
+            dweight,
+            dbias,
+            Tensor(),
+            dscale,
+            ddown,
+            dup,
+            Tensor(),
+            Tensor(),
+            Tensor()};
   }
 };
 
@@ -112,7 +126,8 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_alore_autograd(const Tensor& x, co
                                                              const Tensor& up, const OptTensor& seed,
                                                              double dropout_p,
                                                              std::optional<at::ScalarType> out_dtype) {
-  auto out = LayerNormAlore::apply(x, std::nullopt, weight, bias, eps, scale, down, up, seed, dropout_p, out_dtype);
+  auto out =
+      LayerNormAlore::apply(x, std::nullopt, weight, bias, eps, scale, down, up, seed, dropout_p, out_dtype);
   return {out[0], out[1], out[2]};
 }
 
@@ -120,8 +135,8 @@ T4 add_layer_norm_alore_autograd(const Tensor& x, const Tensor& residual, const 
                                  const OptTensor& bias, double eps, const Tensor& scale, const Tensor& down,
                                  const Tensor& up, const OptTensor& seed, double dropout_p,
                                  std::optional<at::ScalarType> out_dtype) {
-  auto out = LayerNormAlore::apply(x, OptTensor(residual), weight, bias, eps, scale, down, up, seed, dropout_p,
-                                   out_dtype);
+  auto out = LayerNormAlore::apply(x, OptTensor(residual), weight, bias, eps, scale, down, up, seed,
+                                   dropout_p, out_dtype);
   return {out[0], out[1], out[2], out[3]};
 }
 

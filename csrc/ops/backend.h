@@ -25,9 +25,9 @@ struct FactorGrads {
 
 // A call of the whole adapter, for a backend that runs it fused: see kernels/alore.h.
 struct AloreCall {
-  Tensor x;         // [num_tokens, embed_dim]
-  Tensor residual;  // like x, or undefined
-  bool norm = false;         // layer norm in front, with weight, bias and eps
+  Tensor x;           // [num_tokens, embed_dim]
+  Tensor residual;    // like x, or undefined
+  bool norm = false;  // layer norm in front, with weight, bias and eps
   OptTensor weight, bias;
   double eps = 0.0;
   Factors factors;

@@ -17,8 +17,8 @@ struct FusedCall {
   OptTensor weight, bias;
 
   explicit FusedCall(const AloreCall& c)
-      : shape(alore_shape(c.x.size(0), c.x.scalar_type(), c.out_dtype, c.factors.scale, c.factors.down, c.norm,
-                          affine_type(c), c.add_base)),
+      : shape(alore_shape(c.x.size(0), c.x.scalar_type(), c.out_dtype, c.factors.scale, c.factors.down,
+                          c.norm, affine_type(c), c.add_base)),
         scale(c.factors.scale.contiguous()),
         down(c.factors.down.contiguous()),
         up(c.factors.up.contiguous()),
@@ -47,16 +47,16 @@ void note_general_path(const AloreCall& call, const char* reason) {
   static std::set<std::string> said;
   const std::lock_guard lock(mutex);
   if (said.insert(reason).second) {
-    TORCH_WARN("alore_ext: an adapter of embed_dim ", call.x.size(1), " and num_experts ", call.factors.scale.size(0),
-               " takes the general CUDA path, which is slower: ", reason,
+    TORCH_WARN("alore_ext: an adapter of embed_dim ", call.x.size(1), " and num_experts ",
+               call.factors.scale.size(0), " takes the general CUDA path, which is slower: ", reason,
                ". alore_ext.ops.plan_alore says which shapes are fused.");
   }
 }
 
 }  // namespace
 
-bool CudaBackend::fused_forward(const AloreCall& call, const Tensor& out, const Tensor& sum, const Tensor& mean,
-                                const Tensor& rstd) {
+bool CudaBackend::fused_forward(const AloreCall& call, const Tensor& out, const Tensor& sum,
+                                const Tensor& mean, const Tensor& rstd) {
   if (!is_square(call.factors.scale, call.factors.down, call.factors.up)) return false;
   const FusedCall f(call);
   const auto plan = kernels::plan_alore_forward(f.shape, device_limits());
@@ -80,7 +80,8 @@ bool CudaBackend::fused_forward(const AloreCall& call, const Tensor& out, const 
 }
 
 bool CudaBackend::fused_backward(const AloreCall& call, const Tensor& grad_out, const Tensor& grad_sum,
-                                 const Tensor& mean, const Tensor& rstd, const Tensor& grad_x, FactorGrads& grads) {
+                                 const Tensor& mean, const Tensor& rstd, const Tensor& grad_x,
+                                 FactorGrads& grads) {
   if (!is_square(call.factors.scale, call.factors.down, call.factors.up)) return false;
   const FusedCall f(call);
   const auto plan = kernels::plan_alore_backward(f.shape, device_limits());

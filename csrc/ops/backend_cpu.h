@@ -13,15 +13,16 @@ struct CpuBackend {
     NoAutocast no_autocast;
   };
 
-  // The whole call in one pass, where there is a kernel for it: false where not, and then nothing was written. sum is
-  // filled when defined (call.residual is then), mean and rstd with a norm.
+  // The whole call in one pass, where there is a kernel for it: false where not, and then nothing was
+  // written. sum is filled when defined (call.residual is then), mean and rstd with a norm.
   static bool fused_forward(const AloreCall& call, const Tensor& out, const Tensor& sum, const Tensor& mean,
                             const Tensor& rstd) {
     return false;
   }
   // Fills grad_x when defined, and grads. call.x is the sum where the forward had a residual.
   static bool fused_backward(const AloreCall& call, const Tensor& grad_out, const Tensor& grad_sum,
-                             const Tensor& mean, const Tensor& rstd, const Tensor& grad_x, FactorGrads& grads) {
+                             const Tensor& mean, const Tensor& rstd, const Tensor& grad_x,
+                             FactorGrads& grads) {
     return false;
   }
 

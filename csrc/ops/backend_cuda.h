@@ -15,13 +15,14 @@ struct CudaBackend {
     NoAutocast no_autocast;
   };
 
-  // The whole call in one pass, where there is a kernel for it: false where not, and then nothing was written. sum is
-  // filled when defined (call.residual is then), mean and rstd with a norm.
+  // The whole call in one pass, where there is a kernel for it: false where not, and then nothing was
+  // written. sum is filled when defined (call.residual is then), mean and rstd with a norm.
   static bool fused_forward(const AloreCall& call, const Tensor& out, const Tensor& sum, const Tensor& mean,
                             const Tensor& rstd);
   // Fills grad_x when defined, and grads. call.x is the sum where the forward had a residual.
   static bool fused_backward(const AloreCall& call, const Tensor& grad_out, const Tensor& grad_sum,
-                             const Tensor& mean, const Tensor& rstd, const Tensor& grad_x, FactorGrads& grads);
+                             const Tensor& mean, const Tensor& rstd, const Tensor& grad_x,
+                             FactorGrads& grads);
 
   static void kron_forward(const Tensor& x, Factors f, double beta, const Tensor& out);
   static FactorGrads kron_backward(const Tensor& x, const Tensor& grad_out, Factors f, double beta,

@@ -197,8 +197,9 @@ void check_statistics(const char* op, const Tensor& x, const Tensor& mean, const
 }
 
 void check_norm_forward(const char* op, const Tensor& x, const OptTensor& residual, const OptTensor& weight,
-                        const OptTensor& bias, double eps, const Tensor& scale, const Tensor& down, const Tensor& up,
-                        const OptTensor& seed, double dropout_p, std::optional<at::ScalarType> out_dtype) {
+                        const OptTensor& bias, double eps, const Tensor& scale, const Tensor& down,
+                        const Tensor& up, const OptTensor& seed, double dropout_p,
+                        std::optional<at::ScalarType> out_dtype) {
   check_kron(op, x, scale, down, up, Width::kResidual);
   if (residual.has_value() && residual->defined()) {
     TORCH_CHECK(residual->sym_sizes() == x.sym_sizes(), op, ": residual must have x's shape ", x.sym_sizes(),
@@ -210,9 +211,10 @@ void check_norm_forward(const char* op, const Tensor& x, const OptTensor& residu
   check_dropout(op, x, seed, dropout_p);
 }
 
-void check_norm_backward(const Tensor& grad_out, const Tensor& x, const OptTensor& weight, const OptTensor& bias,
-                         const Tensor& mean, const Tensor& rstd, const Tensor& scale, const Tensor& down,
-                         const Tensor& up, const OptTensor& seed, double dropout_p, const OptTensor& grad_sum) {
+void check_norm_backward(const Tensor& grad_out, const Tensor& x, const OptTensor& weight,
+                         const OptTensor& bias, const Tensor& mean, const Tensor& rstd, const Tensor& scale,
+                         const Tensor& down, const Tensor& up, const OptTensor& seed, double dropout_p,
+                         const OptTensor& grad_sum) {
   constexpr const char* op = "layer_norm_alore_backward";
   check_kron(op, x, scale, down, up, Width::kResidual);
   check_layer_norm(op, x, weight, bias, 0.0, std::nullopt);
@@ -296,8 +298,9 @@ bool is_square(const Tensor& scale, const Tensor& down, const Tensor& up) {
   return scale.size(1) == scale.size(2) && down.size(1) == up.size(2);
 }
 
-kernels::AloreShape alore_shape(int64_t num_tokens, at::ScalarType input, at::ScalarType output, const Tensor& scale,
-                                const Tensor& down, bool norm, at::ScalarType affine, bool add_base) {
+kernels::AloreShape alore_shape(int64_t num_tokens, at::ScalarType input, at::ScalarType output,
+                                const Tensor& scale, const Tensor& down, bool norm, at::ScalarType affine,
+                                bool add_base) {
   return {.num_tokens = num_tokens,
           .num_experts = scale.size(0),
           .num_blocks = scale.size(1),

@@ -45,11 +45,13 @@ void check_layer_norm(const char* op, const Tensor& x, const OptTensor& weight, 
 void check_statistics(const char* op, const Tensor& x, const Tensor& mean, const Tensor& rstd);
 // A whole call of layer_norm_alore or add_layer_norm_alore (with a residual), and of their backward.
 void check_norm_forward(const char* op, const Tensor& x, const OptTensor& residual, const OptTensor& weight,
-                        const OptTensor& bias, double eps, const Tensor& scale, const Tensor& down, const Tensor& up,
-                        const OptTensor& seed, double dropout_p, std::optional<at::ScalarType> out_dtype);
-void check_norm_backward(const Tensor& grad_out, const Tensor& x, const OptTensor& weight, const OptTensor& bias,
-                         const Tensor& mean, const Tensor& rstd, const Tensor& scale, const Tensor& down,
-                         const Tensor& up, const OptTensor& seed, double dropout_p, const OptTensor& grad_sum);
+                        const OptTensor& bias, double eps, const Tensor& scale, const Tensor& down,
+                        const Tensor& up, const OptTensor& seed, double dropout_p,
+                        std::optional<at::ScalarType> out_dtype);
+void check_norm_backward(const Tensor& grad_out, const Tensor& x, const OptTensor& weight,
+                         const OptTensor& bias, const Tensor& mean, const Tensor& rstd, const Tensor& scale,
+                         const Tensor& down, const Tensor& up, const OptTensor& seed, double dropout_p,
+                         const OptTensor& grad_sum);
 void check_lora(const char* op, const Tensor& x, const Tensor& weight, const OptTensor& bias,
                 const Tensor& lora_a, const Tensor& lora_b, const Tensor& coeff);
 void check_merge_kron(const char* op, const Tensor& weight, const OptTensor& bias, const Tensor& scale,
@@ -78,8 +80,9 @@ std::vector<c10::SymInt> lora_output_sizes(const Tensor& x, const Tensor& weight
 
 // Whether a Kronecker map is square block by block, as ALoRE's is; only then has it an AloreShape.
 bool is_square(const Tensor& scale, const Tensor& down, const Tensor& up);
-kernels::AloreShape alore_shape(int64_t num_tokens, at::ScalarType input, at::ScalarType output, const Tensor& scale,
-                                const Tensor& down, bool norm, at::ScalarType affine, bool add_base);
+kernels::AloreShape alore_shape(int64_t num_tokens, at::ScalarType input, at::ScalarType output,
+                                const Tensor& scale, const Tensor& down, bool norm, at::ScalarType affine,
+                                bool add_base);
 
 kernels::KronShape kron_shape(const Tensor& x2d, const Tensor& scale, const Tensor& down, const Tensor& up);
 

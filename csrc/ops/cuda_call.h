@@ -1,5 +1,5 @@
-// What every launch from torch tensors needs: the stream and cuBLAS handle, the device's limits, workspaces, raw
-// pointers.
+// What every launch from torch tensors needs: the stream and cuBLAS handle, the device's limits, workspaces,
+// raw pointers.
 #pragma once
 
 #include <ATen/cuda/CUDAContext.h>

@@ -36,8 +36,8 @@ ALORE_OP(layer_norm_alore_backward,
          T6(const Tensor&, const Tensor&, const OptTensor&, const OptTensor&, const Tensor&, const Tensor&,
             const Tensor&, const Tensor&, const Tensor&, const OptTensor&, double, Mask6, const OptTensor&))
 ALORE_OP(add_layer_norm_alore,
-         T4(const Tensor&, const Tensor&, const OptTensor&, const OptTensor&, double, const Tensor&, const Tensor&,
-            const Tensor&, const OptTensor&, double, std::optional<at::ScalarType>))
+         T4(const Tensor&, const Tensor&, const OptTensor&, const OptTensor&, double, const Tensor&,
+            const Tensor&, const Tensor&, const OptTensor&, double, std::optional<at::ScalarType>))
 ALORE_OP(masked_lora_linear,
          T3(const Tensor&, const Tensor&, const OptTensor&, const Tensor&, const Tensor&, const Tensor&))
 ALORE_OP(mlae_linear, T4(const Tensor&, const Tensor&, const OptTensor&, const Tensor&, const Tensor&,
@@ -56,8 +56,8 @@ ALORE_OP(alore_grouped, Tensor(const Tensor&, TensorList, TensorList, TensorList
 ALORE_OP(layer_norm_alore_grouped,
          Tensor(const Tensor&, const OptTensor&, const OptTensor&, double, TensorList, TensorList, TensorList,
                 const Tensor&, std::optional<at::ScalarType>))
-ALORE_OP(masked_lora_linear_grouped, Tensor(const Tensor&, const Tensor&, const OptTensor&, TensorList, TensorList,
-                                            TensorList, const Tensor&))
+ALORE_OP(masked_lora_linear_grouped, Tensor(const Tensor&, const Tensor&, const OptTensor&, TensorList,
+                                            TensorList, TensorList, const Tensor&))
 
 #undef ALORE_OP
 

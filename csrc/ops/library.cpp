@@ -29,11 +29,12 @@ TORCH_LIBRARY(alore_ext, m) {
       " Tensor? seed=None, float dropout_p=0.0, ScalarType? out_dtype=None) -> (Tensor, Tensor, Tensor)");
   // The same on x + residual; returns y, the sum, mean, rstd.
   m.def(
-      "add_layer_norm_alore(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps, Tensor scale, "
+      "add_layer_norm_alore(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps, Tensor "
+      "scale, "
       "Tensor down, Tensor up, Tensor? seed=None, float dropout_p=0.0, ScalarType? out_dtype=None)"
       " -> (Tensor, Tensor, Tensor, Tensor)");
-  // Gradients of x, weight, bias, scale, down, up. After add_layer_norm_alore x is the sum, grad_sum its gradient as
-  // an output, and x's gradient is residual's too.
+  // Gradients of x, weight, bias, scale, down, up. After add_layer_norm_alore x is the sum, grad_sum its
+  // gradient as an output, and x's gradient is residual's too.
   m.def(
       "layer_norm_alore_backward(Tensor grad_out, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, "
       "Tensor rstd,"
@@ -72,12 +73,13 @@ TORCH_LIBRARY(alore_ext, m) {
       " Tensor[] up, str[] side) -> ()");
   m.def("merge_lora_grouped_(Tensor(a!)[] weight, Tensor[] lora_a, Tensor[] lora_b, Tensor[] coeff) -> ()");
 
-  // One adapter a sample (axis 0 of x): entry i of the lists is adapter i, index [batch] int64 names each sample's, -1
-  // none. Inference only.
+  // One adapter a sample (axis 0 of x): entry i of the lists is adapter i, index [batch] int64 names each
+  // sample's, -1 none. Inference only.
   m.def("kron_linear_grouped(Tensor x, Tensor[] scale, Tensor[] down, Tensor[] up, Tensor index) -> Tensor");
   m.def("alore_grouped(Tensor x, Tensor[] scale, Tensor[] down, Tensor[] up, Tensor index) -> Tensor");
   m.def(
-      "layer_norm_alore_grouped(Tensor x, Tensor? weight, Tensor? bias, float eps, Tensor[] scale, Tensor[] down,"
+      "layer_norm_alore_grouped(Tensor x, Tensor? weight, Tensor? bias, float eps, Tensor[] scale, Tensor[] "
+      "down,"
       " Tensor[] up, Tensor index, ScalarType? out_dtype=None) -> Tensor");
   m.def(
       "masked_lora_linear_grouped(Tensor x, Tensor weight, Tensor? bias, Tensor[] lora_a, Tensor[] lora_b,"

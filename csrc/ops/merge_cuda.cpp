@@ -93,7 +93,8 @@ void launch_merges(const MergeTargets& targets) {
     kernels::merge_grouped({stream, nullptr}, kTargetTypes[i], planned[i].data(),
                            static_cast<int64_t>(planned[i].size()));
   }
-  // The kernels write through raw pointers. Outside inference mode the autograd kernels above count the change.
+  // The kernels write through raw pointers. Outside inference mode the autograd kernels above count the
+  // change.
   if (!c10::InferenceMode::is_enabled()) return;
   for (const MergeTarget& target : contiguous) {
     if (!target.tokens.is_inference()) target.tokens.unsafeGetTensorImpl()->bump_version();

@@ -22,12 +22,13 @@ inline Tensor with_width(const Tensor& flat, const Tensor& x) {
   return flat.view(sizes);
 }
 
-// A backend whose composition joins the norm, the Kronecker map and the residual (CPU: one pass over the tokens).
+// A backend whose composition joins the norm, the Kronecker map and the residual (CPU: one pass over the
+// tokens).
 template <typename Backend>
 concept FusesNorm = requires { &Backend::norm_kron_forward; };
 
-// out of a call, and sum, mean and rstd where they are defined. Written over the backend's primitives where it has no
-// kernel for the whole.
+// out of a call, and sum, mean and rstd where they are defined. Written over the backend's primitives where
+// it has no kernel for the whole.
 template <typename Backend>
 Tensor run_forward(const AloreCall& call, const Tensor& sum, const Tensor& mean, const Tensor& rstd) {
   const int64_t out_dim = call.factors.scale.size(2) * call.factors.up.size(2);
@@ -73,8 +74,8 @@ Tensor branch_gradient(const Tensor& grad_out, const AloreCall& call) {
 
 // call.x is what the norm or the adapter saw: the sum, where there was a residual. grad_sum may be undefined.
 template <typename Backend>
-AloreGrads run_backward(const AloreCall& call, const Tensor& grad_out, const Tensor& grad_sum, const Tensor& mean,
-                        const Tensor& rstd, bool want_x, bool want_affine) {
+AloreGrads run_backward(const AloreCall& call, const Tensor& grad_out, const Tensor& grad_sum,
+                        const Tensor& mean, const Tensor& rstd, bool want_x, bool want_affine) {
   AloreGrads grads;
   if (!want_affine) {
     if (want_x) grads.x = at::empty_like(call.x);
@@ -98,8 +99,8 @@ AloreGrads run_backward(const AloreCall& call, const Tensor& grad_out, const Ten
       grads.weight = at::empty({call.x.size(1)}, call.x.options().dtype(affine()));
       grads.bias = at::empty_like(grads.weight);
     }
-    grads.factors = Backend::norm_kron_backward(call.x, {call.weight, call.bias, mean, rstd}, call.factors, grad_out,
-                                                branch, grads.x, grads.weight, grads.bias);
+    grads.factors = Backend::norm_kron_backward(call.x, {call.weight, call.bias, mean, rstd}, call.factors,
+                                                grad_out, branch, grads.x, grads.weight, grads.bias);
   } else {
     const Tensor base =
         Backend::layer_norm_recompute(call.x, call.weight, call.bias, mean, rstd, grad_out.scalar_type());
@@ -186,8 +187,17 @@ T4 norm_forward(const char* op, const Tensor& x, const OptTensor& residual, cons
   const auto leading = x.sizes().slice(0, x.dim() - 1);
   const Tensor mean = at::empty(leading, statistics), rstd = at::empty(leading, statistics);
   const Tensor sum = adds ? at::empty_like(flat) : Tensor();
-  const AloreCall call{flat, other, true,      weight, bias, eps, {scale, down, up},
-                       seed, dropout_p, true, out_dtype.value_or(x.scalar_type())};
+  const AloreCall call{flat,
+                       other,
+                       true,
+                       weight,
+                       bias,
+                       eps,
+                       {scale, down, up},
+                       seed,
+                       dropout_p,
+                       true,
+                       out_dtype.value_or(x.scalar_type())};
   const Tensor out = run_forward<Backend>(call, sum, mean, rstd);
   return {like_input(out, x), like_input(sum, x, adds), mean, rstd};
 }
@@ -198,15 +208,16 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_alore(const Tensor& x, const OptTe
                                                     const Tensor& down, const Tensor& up,
                                                     const OptTensor& seed, double dropout_p,
                                                     std::optional<at::ScalarType> out_dtype) {
-  auto [out, sum, mean, rstd] = norm_forward<Backend>("layer_norm_alore", x, std::nullopt, weight, bias, eps, scale,
-                                                      down, up, seed, dropout_p, out_dtype);
+  auto [out, sum, mean, rstd] = norm_forward<Backend>("layer_norm_alore", x, std::nullopt, weight, bias, eps,
+                                                      scale, down, up, seed, dropout_p, out_dtype);
   return {out, mean, rstd};
 }
 
 template <typename Backend>
-T4 add_layer_norm_alore(const Tensor& x, const Tensor& residual, const OptTensor& weight, const OptTensor& bias,
-                        double eps, const Tensor& scale, const Tensor& down, const Tensor& up, const OptTensor& seed,
-                        double dropout_p, std::optional<at::ScalarType> out_dtype) {
+T4 add_layer_norm_alore(const Tensor& x, const Tensor& residual, const OptTensor& weight,
+                        const OptTensor& bias, double eps, const Tensor& scale, const Tensor& down,
+                        const Tensor& up, const OptTensor& seed, double dropout_p,
+                        std::optional<at::ScalarType> out_dtype) {
   return norm_forward<Backend>("add_layer_norm_alore", x, residual, weight, bias, eps, scale, down, up, seed,
                                dropout_p, out_dtype);
 }
@@ -225,12 +236,22 @@ Grads6 layer_norm_alore_backward(const Tensor& grad_out, const Tensor& x, const 
   const typename Backend::Guard guard(x);
   const Tensor flat = flatten_tokens(x), grad = flatten_tokens(grad_out);
   const Tensor flat_grad_sum = has_grad_sum ? flatten_tokens(*grad_sum) : Tensor();
-  const AloreCall call{flat, Tensor(), true,      weight, bias, 0.0, {scale, down, up},
-                       seed, dropout_p, true, grad_out.scalar_type()};
-  const auto grads = run_backward<Backend>(call, grad, flat_grad_sum, mean.contiguous().view({flat.size(0)}),
-                                           rstd.contiguous().view({flat.size(0)}), mask[0], mask[1] || mask[2]);
-  return {like_input(grads.x, x, mask[0]),      wanted(mask[1], grads.weight),
-          wanted(mask[2], grads.bias),          wanted(mask[3], grads.factors.scale),
+  const AloreCall call{flat,
+                       Tensor(),
+                       true,
+                       weight,
+                       bias,
+                       0.0,
+                       {scale, down, up},
+                       seed,
+                       dropout_p,
+                       true,
+                       grad_out.scalar_type()};
+  const auto grads =
+      run_backward<Backend>(call, grad, flat_grad_sum, mean.contiguous().view({flat.size(0)}),
+                            rstd.contiguous().view({flat.size(0)}), mask[0], mask[1] || mask[2]);
+  return {like_input(grads.x, x, mask[0]),     wanted(mask[1], grads.weight),
+          wanted(mask[2], grads.bias),         wanted(mask[3], grads.factors.scale),
           wanted(mask[4], grads.factors.down), wanted(mask[5], grads.factors.up)};
 }
 

@@ -47,8 +47,9 @@ Grads4 alore_backward_meta(const Tensor& grad_out, const Tensor& x, const Tensor
 }
 
 T4 norm_forward_meta(const char* op, const Tensor& x, const OptTensor& residual, const OptTensor& weight,
-                     const OptTensor& bias, double eps, const Tensor& scale, const Tensor& down, const Tensor& up,
-                     const OptTensor& seed, double dropout_p, std::optional<at::ScalarType> out_dtype) {
+                     const OptTensor& bias, double eps, const Tensor& scale, const Tensor& down,
+                     const Tensor& up, const OptTensor& seed, double dropout_p,
+                     std::optional<at::ScalarType> out_dtype) {
   check_norm_forward(op, x, residual, weight, bias, eps, scale, down, up, seed, dropout_p, out_dtype);
   const auto leading = x.sym_sizes().slice(0, x.dim() - 1);
   const auto acc = accumulate_type(x.scalar_type());
@@ -62,16 +63,17 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_alore_meta(const Tensor& x, const 
                                                          const Tensor& up, const OptTensor& seed,
                                                          double dropout_p,
                                                          std::optional<at::ScalarType> out_dtype) {
-  auto [out, sum, mean, rstd] = norm_forward_meta("layer_norm_alore", x, std::nullopt, weight, bias, eps, scale,
-                                                  down, up, seed, dropout_p, out_dtype);
+  auto [out, sum, mean, rstd] = norm_forward_meta("layer_norm_alore", x, std::nullopt, weight, bias, eps,
+                                                  scale, down, up, seed, dropout_p, out_dtype);
   return {out, mean, rstd};
 }
 
-T4 add_layer_norm_alore_meta(const Tensor& x, const Tensor& residual, const OptTensor& weight, const OptTensor& bias,
-                             double eps, const Tensor& scale, const Tensor& down, const Tensor& up,
-                             const OptTensor& seed, double dropout_p, std::optional<at::ScalarType> out_dtype) {
-  return norm_forward_meta("add_layer_norm_alore", x, residual, weight, bias, eps, scale, down, up, seed, dropout_p,
-                           out_dtype);
+T4 add_layer_norm_alore_meta(const Tensor& x, const Tensor& residual, const OptTensor& weight,
+                             const OptTensor& bias, double eps, const Tensor& scale, const Tensor& down,
+                             const Tensor& up, const OptTensor& seed, double dropout_p,
+                             std::optional<at::ScalarType> out_dtype) {
+  return norm_forward_meta("add_layer_norm_alore", x, residual, weight, bias, eps, scale, down, up, seed,
+                           dropout_p, out_dtype);
 }
 
 Grads6 layer_norm_alore_backward_meta(const Tensor& grad_out, const Tensor& x, const OptTensor& weight,

@@ -270,7 +270,7 @@ def test_views_that_start_off_a_16_byte_boundary(offset):
         y, grads, _ = masked_call(call, 0.5, grad_out)
         results.append([y, *grads.values()])
     for a, b in zip(*results, strict=True):
-        # cuBLAS may choose another algorithm for the views, and a sum that cancels differs by the rounding of its terms.
+        # cuBLAS may choose another algorithm for the views; a sum that cancels differs by the rounding of its terms.
         torch.testing.assert_close(a, b, rtol=2**-6, atol=2**-8 * a.abs().max().item())
 
 
