@@ -163,7 +163,7 @@ void check_whole(Row& row, const std::string& name, const std::vector<double>& g
     norm += expected[i] * expected[i];
   }
   // One or two sums may cancel by chance, which the sums of a whole matrix do not.
-  const bool few = expected.size() <= 4 && kernels::size_of(row.c.dtype) == 2;
+  const bool few = expected.size() <= 4;
   record(row, name, ratio(difference, norm), few ? 8 * tolerance : tolerance);
 }
 
