@@ -551,14 +551,11 @@ void launch(const CudaContext& context, const AloreBackwardPlan& plan,
 void alore_backward(const CudaContext& context, const AloreShape& s, const AloreBackwardPlan& plan,
                     const AloreBackwardArgs& a) {
   if (!plan.fused) throw std::runtime_error("alore_backward: no fused kernel for this shape");
-  const AdapterDims dims{static_cast<int>(s.num_blocks), static_cast<int>(s.block_dim),
-                         static_cast<int>(s.width())};
+  const AdapterDims dims = dims_of(s);
   const BackwardLayout layout(dims, 32 * plan.warps, plan.row_tiles, plan.stages, plan.key_splits, s.norm,
                               s.input == DType::kFloat32);
   const int log_width = dims.padded_width == 16 ? 4 : dims.padded_width == 32 ? 5 : 6;
-  const FactorSource factors{
-      a.adapter.scale,         a.adapter.down, a.adapter.up, s.factor, static_cast<int>(s.num_experts),
-      static_cast<int>(s.rank)};
+  const FactorSource factors = factors_of(s, a.adapter);
   const auto run = [&](auto in_tag, auto out_tag) {
     using In = typename decltype(in_tag)::type;
     using Out = typename decltype(out_tag)::type;
@@ -594,12 +591,7 @@ void alore_backward(const CudaContext& context, const AloreShape& s, const Alore
     if (plan.items_per_warp == 1) return launch<In, Out, 4, 1, Path::kGeneral>(context, plan, params);
     launch<In, Out, 4, 2, Path::kGeneral>(context, plan, params);
   };
-  const bool wide = s.input == DType::kFloat32;
-  if (s.output == DType::kBFloat16) {
-    wide ? run(Tag<float>{}, Tag<__nv_bfloat16>{}) : run(Tag<__nv_bfloat16>{}, Tag<__nv_bfloat16>{});
-  } else {
-    wide ? run(Tag<float>{}, Tag<__half>{}) : run(Tag<__half>{}, Tag<__half>{});
-  }
+  dispatch_rows(s.input, s.output, run);
   const int scale_size = static_cast<int>(s.scale_size()), down_size = static_cast<int>(s.down_size());
   const int entries = scale_size + 2 * down_size;
   dispatch(s.factor, [&](auto tag) {

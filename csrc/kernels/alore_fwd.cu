@@ -309,13 +309,10 @@ void alore_forward(const CudaContext& context, const AloreShape& s, const AloreF
                    const AloreForwardArgs& a) {
   if (!plan.fused) throw std::runtime_error("alore_forward: no fused kernel for this shape");
   if (s.num_tokens == 0) return;
-  const AdapterDims dims{static_cast<int>(s.num_blocks), static_cast<int>(s.block_dim),
-                         static_cast<int>(s.width())};
+  const AdapterDims dims = dims_of(s);
   const ForwardLayout layout(dims, plan.groups_per_warp, plan.warps_per_tile, plan.tiles_per_block, s.norm,
                              s.input == DType::kFloat32);
-  const FactorSource factors{
-      a.adapter.scale,         a.adapter.down, a.adapter.up, s.factor, static_cast<int>(s.num_experts),
-      static_cast<int>(s.rank)};
+  const FactorSource factors = factors_of(s, a.adapter);
   const auto run = [&](auto in_tag, auto out_tag) {
     using In = typename decltype(in_tag)::type;
     using Out = typename decltype(out_tag)::type;
@@ -346,12 +343,7 @@ void alore_forward(const CudaContext& context, const AloreShape& s, const AloreF
         if constexpr (!std::is_same_v<In, float>) return choose_path<In, Out, 8>(context, plan, params);
     }
   };
-  const bool wide = s.input == DType::kFloat32;
-  if (s.output == DType::kBFloat16) {
-    wide ? run(Tag<float>{}, Tag<__nv_bfloat16>{}) : run(Tag<__nv_bfloat16>{}, Tag<__nv_bfloat16>{});
-  } else {
-    wide ? run(Tag<float>{}, Tag<__half>{}) : run(Tag<__half>{}, Tag<__half>{});
-  }
+  dispatch_rows(s.input, s.output, run);
 }
 
 }  // namespace alore::kernels

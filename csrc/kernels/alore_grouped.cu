@@ -341,12 +341,7 @@ void alore_grouped_forward(const CudaContext& context, int64_t num_samples,
       check_launch("alore_grouped_forward");
     }
   };
-  const bool wide = s.input == DType::kFloat32;
-  if (s.output == DType::kBFloat16) {
-    wide ? run(Tag<float>{}, Tag<__nv_bfloat16>{}) : run(Tag<__nv_bfloat16>{}, Tag<__nv_bfloat16>{});
-  } else {
-    wide ? run(Tag<float>{}, Tag<__half>{}) : run(Tag<__half>{}, Tag<__half>{});
-  }
+  dispatch_rows(s.input, s.output, run);
 }
 
 }  // namespace alore::kernels

@@ -7,6 +7,7 @@
 // lanes. The same trick orders the output columns, so results land where the row's own values are.
 #pragma once
 
+#include "kernels/alore.h"
 #include "kernels/alore_layout.h"
 #include "kernels/async_copy.cuh"
 #include "kernels/cuda_common.cuh"
@@ -238,6 +239,25 @@ struct FactorSource {
   DType type;
   int num_experts, rank;
 };
+
+inline AdapterDims dims_of(const AloreShape& s) {
+  return {static_cast<int>(s.num_blocks), static_cast<int>(s.block_dim), static_cast<int>(s.width())};
+}
+
+inline FactorSource factors_of(const AloreShape& s, const AloreAdapter& a) {
+  return {a.scale, a.down, a.up, s.factor, static_cast<int>(s.num_experts), static_cast<int>(s.rank)};
+}
+
+// f(Tag<In>, Tag<Out>) for the pairs that the fused kernels take: 16-bit throughout, or fp32 rows in.
+template <typename F>
+void dispatch_rows(DType input, DType output, F&& f) {
+  const bool wide = input == DType::kFloat32;
+  if (output == DType::kBFloat16) {
+    wide ? f(Tag<float>{}, Tag<__nv_bfloat16>{}) : f(Tag<__nv_bfloat16>{}, Tag<__nv_bfloat16>{});
+  } else {
+    wide ? f(Tag<float>{}, Tag<__half>{}) : f(Tag<__half>{}, Tag<__half>{});
+  }
+}
 
 // Loaded and converted apart, without a branch a type: the code stands in many places.
 __device__ __forceinline__ uint32_t factor_bits(const void* p, bool wide, int i) {

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <mutex>
 #include <stdexcept>
 #include <string>
@@ -26,32 +27,24 @@ inline void check(cudaError_t status, const char* what) {
 inline void check_launch(const char* kernel) { check(cudaGetLastError(), kernel); }
 
 // What a kernel may ask for beyond 48 KiB of shared memory, raised once a device rather than at every launch.
-// One static object a kernel; `kernel` is always the same one or one of a few that share the largest grant.
+// One static object a kernel.
 class SharedMemoryGrants {
  public:
   void allow(const void* kernel, int bytes, const char* what) {
     int device = 0;
     check(cudaGetDevice(&device), what);
-    for (Grant& grant : grants_) {
-      const std::lock_guard lock(mutex_);
-      if (grant.kernel == nullptr) grant = {kernel, device, 0};
-      if (grant.kernel != kernel || grant.device != device) continue;
-      if (bytes > grant.bytes) {
-        check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), what);
-        grant.bytes = bytes;
-      }
-      return;
-    }
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), what);
+    const bool kept = device < static_cast<int>(granted_.size());
+    if (kept && granted_[device].load() >= bytes) return;
+    // Under the lock, so that a smaller grant never comes last.
+    const std::lock_guard lock(mutex_);
+    const int most = kept ? std::max(bytes, granted_[device].load()) : bytes;
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), what);
+    if (kept) granted_[device] = most;
   }
 
  private:
-  struct Grant {
-    const void* kernel = nullptr;
-    int device = 0, bytes = 0;
-  };
   std::mutex mutex_;
-  std::array<Grant, 16> grants_;  // devices of one process; more simply ask every time
+  std::array<std::atomic<int>, 16> granted_{};  // by device; further ones ask every time
 };
 
 template <typename T>
