@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <numeric>
 
 #include "harness.h"
 
@@ -44,6 +45,16 @@ void store(double value, DType dtype, char* at) {
 // |a - b| / |b| from sums of squares; two zeros agree.
 double ratio(double difference, double norm) {
   return difference == 0.0 ? 0.0 : std::sqrt(difference / norm);
+}
+
+double dot(const std::vector<double>& a, const std::vector<double>& b) {
+  return std::inner_product(a.begin(), a.end(), b.begin(), 0.0);
+}
+
+double squared_distance(const std::vector<double>& a, const std::vector<double>& b) {
+  double sum = 0;
+  for (size_t i = 0; i < b.size(); ++i) sum += (a[i] - b[i]) * (a[i] - b[i]);
+  return sum;
 }
 
 void record(Row& row, const std::string& name, double error, double tolerance) {
@@ -157,14 +168,17 @@ void check_rows(Row& row, const Problem& p, const std::string& name, const std::
 
 void check_whole(Row& row, const std::string& name, const std::vector<double>& got,
                  const std::vector<double>& expected, double tolerance) {
-  double difference = 0, norm = 0;
-  for (size_t i = 0; i < expected.size(); ++i) {
-    difference += (got[i] - expected[i]) * (got[i] - expected[i]);
-    norm += expected[i] * expected[i];
-  }
-  // One or two sums may cancel by chance, which the sums of a whole matrix do not.
-  const bool few = expected.size() <= 4;
-  record(row, name, ratio(difference, norm), few ? 8 * tolerance : tolerance);
+  record(row, name, ratio(squared_distance(got, expected), dot(expected, expected)), tolerance);
+}
+
+void check_scale(Row& row, const Problem& p, const std::string& name, const std::vector<double>& got,
+                 const Expected& expected, double tolerance) {
+  // <dS, S> = <dU, U>, the sum of as many terms as U has elements. Of terms with random signs it is
+  // |dU| |U| / sqrt(size) in the root mean square.
+  const double usual = dot(expected.up, expected.up) * dot(p.up, p.up) /
+                       (dot(p.scale, p.scale) * static_cast<double>(p.up.size()));
+  const double norm = std::max(dot(expected.scale, expected.scale), usual);
+  record(row, name, ratio(squared_distance(got, expected.scale), norm), tolerance);
 }
 
 }  // namespace alore::harness

@@ -127,7 +127,7 @@ class LoraCase {
     check_rows(row, p_, p_.c.backward ? "d(x)" : "out", result_.read(), p_.c.dtype, expected.rows,
                p_.c.backward, tolerance);
     if (!p_.c.backward) return;
-    check_whole(row, "d(coeff)", grad_coeff_.read(shape_.factor), expected.scale, tolerance);
+    check_scale(row, p_, "d(coeff)", grad_coeff_.read(shape_.factor), expected, tolerance);
     check_whole(row, "d(A)", grad_a_.read(shape_.factor), expected.down, tolerance);
     check_whole(row, "d(B)", grad_b_.read(shape_.factor), expected.up, tolerance);
   }

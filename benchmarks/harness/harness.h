@@ -114,6 +114,9 @@ void check_rows(Row& row, const Problem& problem, const std::string& name, const
                 kernels::DType dtype, const std::vector<double>& expected, bool tail, double tolerance);
 void check_whole(Row& row, const std::string& name, const std::vector<double>& got,
                  const std::vector<double>& expected, double tolerance);
+// The same for d(scale) and d(coeff), which may be a single sum whose terms cancel: held to its usual length.
+void check_scale(Row& row, const Problem& problem, const std::string& name, const std::vector<double>& got,
+                 const Expected& expected, double tolerance);
 
 // ---- arguments.cpp
 
