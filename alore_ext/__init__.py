@@ -13,7 +13,7 @@ from ._extension import build_info
 from .checkpoint import adapter_state_dict, load_adapter, save_adapter
 from .config import AloreConfig, MlaeConfig
 from .merging import merge_, merge_and_unload, unmerge_
-from .patching import patch, patch_vit, unpatch
+from .patching import patch, patch_as_mlp, patch_convnext, patch_swin, patch_vit, unpatch
 from .summary import trainable_summary
 
 __version__ = build_info()["version"]
@@ -28,6 +28,9 @@ __all__ = [
     "merge_and_unload",
     "ops",
     "patch",
+    "patch_as_mlp",
+    "patch_convnext",
+    "patch_swin",
     "patch_vit",
     "reference",
     "save_adapter",

@@ -70,7 +70,7 @@ def grouped_call(model, weights):
     if records[0].method == "alore":
         own = [(record, linear) for record in records for linear in record.linears]
         lists = [
-            [weights[f"{linear}.weight"] for _, linear in own],
+            [weights[linear.weight_name] for _, linear in own],
             [None] * len(own),
             [parameters["alore_scale"]] * len(own),
             [parameters[f"{record.module}.down"] for record, _ in own],
@@ -86,7 +86,7 @@ def grouped_call(model, weights):
 @torch.no_grad()
 def time_grouped(model, device, repeats):
     """Medians of the grouped op and of a copy of the same weights, taken in turns, and the bytes of the weights."""
-    names = [f"{linear}.weight" for record in model.__dict__["_alore_state"].records for linear in record.linears]
+    names = [linear.weight_name for record in model.__dict__["_alore_state"].records for linear in record.linears]
     weights = {name: model.get_parameter(name).detach().clone() for name in names}
     originals = [weight.clone() for weight in weights.values()]
     targets = list(weights.values())
@@ -106,9 +106,9 @@ def time_grouped(model, device, repeats):
 
 def check(model, weights, originals):
     """The last timed merge against the float64 reference, within two roundings of the weight's dtype."""
-    records = {linear: record for record in model.__dict__["_alore_state"].records for linear in record.linears}
+    records = {linear.weight_name: record for record in model.__dict__["_alore_state"].records for linear in record.linears}
     for (name, merged), original in zip(weights.items(), originals, strict=True):
-        record = records[name.removesuffix(".weight")]
+        record = records[name]
         own = {key: model.get_parameter(f"{record.module}.{key}").double() for key in record.parameter_shapes()}
         if record.method == "alore":
             dense = ae.reference.kron_weight(model.alore_scale.double(), own["down"], own["up"])

@@ -242,7 +242,7 @@ def test_another_family(tmp_path):
     resnet = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3))
     refused(resnet, path, "Sequential is not of family 'vit'")
     rewrite(path, {"family": "perceptron"})
-    refused(base(), path, "unknown family 'perceptron'; known families: vit")
+    refused(base(), path, "unknown family 'perceptron'; known families: .*vit")
     refused(trained(), path, "family must be 'vit', got 'perceptron'")
 
 

@@ -1,6 +1,7 @@
 """Patching: from a config and a backbone to a backbone with adapters, and back."""
 
-from . import vit  # noqa: F401  (registers the family)
-from .apply import patch, patch_vit, unpatch
+# Each import registers a family. ViT comes last: it takes any list of blocks that looks like a transformer's.
+from . import swin, convnext, as_mlp, vit  # noqa: F401, I001
+from .apply import patch, patch_as_mlp, patch_convnext, patch_swin, patch_vit, unpatch
 
-__all__ = ["patch", "patch_vit", "unpatch"]
+__all__ = ["patch", "patch_as_mlp", "patch_convnext", "patch_swin", "patch_vit", "unpatch"]

@@ -31,7 +31,7 @@ def empty_parameters(model: nn.Module, plan: PatchPlan) -> dict[str, nn.Paramete
     """All adapter parameters by full name, uninitialised, on the device of a weight that they fold into."""
     shapes: dict[str, tuple[nn.Parameter, tuple[int, ...]]] = {}
     for record in plan.records:
-        weight = model.get_submodule(record.linears[0]).weight
+        weight = record.linears[0].weight_of(model)
         for name, shape in record.parameter_shapes().items():
             shapes[f"{record.module}.{name}"] = weight, shape
         if record.shares_scale:
@@ -104,6 +104,27 @@ def patch_vit(
 ) -> nn.Module:
     """`patch` for a model that must be of the ViT family; raises ValueError for any other."""
     return patch_family(model, config, head, "vit")
+
+
+def patch_swin(
+    model: nn.Module, config: Config | Iterable[Config], head: str | Iterable[str] | None = None
+) -> nn.Module:
+    """`patch` for a model that must be a Swin Transformer, v1 or v2; raises ValueError for any other."""
+    return patch_family(model, config, head, "swin")
+
+
+def patch_convnext(
+    model: nn.Module, config: Config | Iterable[Config], head: str | Iterable[str] | None = None
+) -> nn.Module:
+    """`patch` for a model that must be a ConvNeXt, v1 or v2; raises ValueError for any other."""
+    return patch_family(model, config, head, "convnext")
+
+
+def patch_as_mlp(
+    model: nn.Module, config: Config | Iterable[Config], head: str | Iterable[str] | None = None
+) -> nn.Module:
+    """`patch` for a model that must be an AS-MLP; raises ValueError for any other."""
+    return patch_family(model, config, head, "as_mlp")
 
 
 def patch_family(

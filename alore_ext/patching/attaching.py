@@ -7,7 +7,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from torch import nn
 
+from alore_ext.modules import attach, detach
+from alore_ext.modules.adapter import Adapter
+
 from .records import SHARED_SCALE, AdapterRecord
+from .registry import Host
 from .state import PatchState
 
 OnError = Callable[[Callable[[], object]], object]
@@ -23,6 +27,7 @@ def undo_on_error() -> Iterator[OnError]:
 
 def attach_all(model: nn.Module, records: Iterable[AdapterRecord], parameters: Mapping[str, nn.Parameter]) -> None:
     """Put every adapter on its layer. `parameters` are by full name."""
+    records = tuple(records)
     with undo_on_error() as on_error:
         if SHARED_SCALE in parameters:
             model.register_parameter(SHARED_SCALE, parameters[SHARED_SCALE])
@@ -31,6 +36,11 @@ def attach_all(model: nn.Module, records: Iterable[AdapterRecord], parameters: M
             own = {name: parameters[f"{record.module}.{name}"] for name in record.parameter_shapes()}
             on_error(lambda record=record: record.detach(model))
             record.attach(model, own)
+        for host in _hosts(records):
+            module = model.get_submodule(host.module)
+            if not isinstance(module, host.adapter):  # else an adapter of its own makes it call its linears
+                on_error(lambda module=module: detach(module) if isinstance(module, Adapter) else None)
+                attach(module, host.adapter, {}, {})
 
 
 def detach_all(model: nn.Module, state: PatchState) -> dict[str, nn.Parameter]:
@@ -38,9 +48,18 @@ def detach_all(model: nn.Module, state: PatchState) -> dict[str, nn.Parameter]:
     parameters = {}
     for record in state.records:
         parameters.update({f"{record.module}.{name}": value for name, value in record.detach(model).items()})
+    for host in _hosts(state.records):
+        module = model.get_submodule(host.module)
+        if isinstance(module, host.adapter):
+            detach(module)
     if SHARED_SCALE in model._parameters:
         parameters[SHARED_SCALE] = model._parameters.pop(SHARED_SCALE)
     return parameters
+
+
+def _hosts(records: Iterable[AdapterRecord]) -> dict[Host, None]:
+    """The records' hosts, each once."""
+    return dict.fromkeys(record.host for record in records if record.host is not None)
 
 
 def check_attached(model: nn.Module, state: PatchState, caller: str) -> None:

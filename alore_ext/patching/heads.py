@@ -6,6 +6,9 @@ from collections.abc import Iterable
 
 from torch import nn
 
+# What torchvision and transformers, which have no get_classifier, call theirs.
+_CLASSIFIERS = ("classifier", "cls_classifier", "distillation_classifier", "head", "heads")
+
 
 def find_head_names(
     model: nn.Module, backbone: str, adapted: Iterable[str], head: str | Iterable[str] | None
@@ -16,7 +19,8 @@ def find_head_names(
         model: the model given to `patch`.
         backbone: name of the submodule that holds the blocks ("" for the model itself).
         adapted: names of layers that the head must keep clear of: they stay frozen.
-        head: the user's own answer, a module's name or several; None asks `get_classifier`.
+        head: the user's own answer, a module's name or several; None asks `get_classifier`, or
+            takes what torchvision's and transformers' models call their classifier.
 
     Raises:
         ValueError: a name that is no module, a head that contains adapted layers, or a model with parts
@@ -43,7 +47,7 @@ def _given_names(model: nn.Module, head: str | Iterable[str]) -> tuple[str, ...]
 
 
 def _classifier_names(model: nn.Module, backbone: str) -> tuple[str, ...]:
-    owner = model
+    owner, prefix = model, ""
     if not hasattr(owner, "get_classifier") and backbone:
         outside = [name for name, _ in model.named_parameters() if not name.startswith(f"{backbone}.")]
         if outside:
@@ -51,9 +55,9 @@ def _classifier_names(model: nn.Module, backbone: str) -> tuple[str, ...]:
                 f"patch: {type(model).__name__} has no get_classifier and parameters outside its backbone "
                 f"{backbone!r} ({outside[0]}, ...): name the classifier with head="
             )
-        owner = model.get_submodule(backbone)
+        owner, prefix = model.get_submodule(backbone), f"{backbone}."
     if not hasattr(owner, "get_classifier"):
-        return ()
+        return tuple(prefix + name for name, _ in owner.named_children() if name in _CLASSIFIERS)
     found = owner.get_classifier()
     modules = found if isinstance(found, (tuple, list)) else (found,)
     names = {id(module): name for name, module in model.named_modules()}

@@ -15,9 +15,8 @@ from torch import nn
 
 from alore_ext.config import AloreConfig, Config, MlaeConfig
 from alore_ext.masking import expert_counts, mask_probabilities
-from alore_ext.modules import AloreLayerNorm, AloreLinear, AloreNorm
-from alore_ext.modules.adapter import Adapter
 
+from .adapters import alore_adapter, mlae_adapter
 from .heads import find_head_names
 from .records import AdapterRecord, AloreRecord, MlaeRecord
 from .registry import AloreSite, BlockSites, MlaeSite, Structure, find_structure, get_family
@@ -61,7 +60,7 @@ def make_plan(
     _check_collisions(records)
     _check_shared_scale(configs)
     _check_layers(model, records)
-    adapted = [name for record in records for name in (record.module, *record.linears)]
+    adapted = [name for record in records for name in (record.module, *(linear.module for linear in record.linears))]
     head_names = find_head_names(model, structure.backbone, adapted, head)
     return PatchPlan(structure.family, configs, tuple(records), head_names)
 
@@ -131,18 +130,14 @@ def _alore_record(
         raise ValueError(
             f"AloreConfig: num_experts must divide the width of {site.module}, {site.width}, got {config.num_experts}"
         )
-    layer = model.get_submodule(site.module)
-    if site.side == "after":
-        adapter: type[Adapter] = AloreLinear
-    else:
-        adapter = AloreLayerNorm if _is_plain_layer_norm(layer) else AloreNorm
     return AloreRecord(
         config=index,
         block=block,
         role=location,
         module=site.module,
         linears=site.linears,
-        adapter=adapter,
+        adapter=alore_adapter(site, model.get_submodule(site.module)),
+        host=site.host,
         side=site.side,
         width=site.width,
         num_experts=config.num_experts,
@@ -162,41 +157,34 @@ def _mlae_record(
     num_experts: int,
     mask_p: float,
 ) -> MlaeRecord:
-    linear = model.get_submodule(site.module)
     return MlaeRecord(
         config=index,
         block=block,
         role=target,
-        module=site.module,
-        linears=(site.module,),
-        in_features=linear.in_features,
-        out_features=linear.out_features,
+        module=site.linear.module,
+        linears=(site.linear,),
+        adapter=mlae_adapter(site),
+        host=site.host,
+        in_features=site.linear.in_features(model),
+        out_features=site.linear.out_features(model),
         num_experts=num_experts,
         expert_rank=config.expert_rank,
         coeff_init=config.coeff_init,
         mask_p=mask_p,
-        bias_owner=site.bias_owner,
     )
-
-
-def _is_plain_layer_norm(layer: nn.Module) -> bool:
-    """nn.LayerNorm or timm's, over the last dimension alone: what `ops.layer_norm_alore` computes."""
-    kind = type(layer)
-    is_timm = kind.__module__.startswith("timm.layers.") and kind.__name__ == "LayerNorm"
-    return (kind is nn.LayerNorm or is_timm) and len(layer.normalized_shape) == 1
 
 
 def _check_collisions(records: Sequence[AdapterRecord]) -> None:
     """Each linear takes one merge at most: the second would multiply what the first had added."""
     taken: dict[str, AdapterRecord] = {}
     for record in records:
-        for name in record.linears:
-            if name in taken:
+        for linear in record.linears:
+            other = taken.setdefault(linear.weight_name, record)
+            if other is not record:
                 raise ValueError(
-                    f"patch: {name} is adapted twice, by {_describe(taken[name])} and {_describe(record)}; "
+                    f"patch: {linear.module} is adapted twice, by {_describe(other)} and {_describe(record)}; "
                     f"methods on one model must touch different layers"
                 )
-            taken[name] = record
 
 
 def _describe(record: AdapterRecord) -> str:
@@ -224,21 +212,28 @@ def _check_layers(model: nn.Module, records: Sequence[AdapterRecord]) -> None:
             raise ValueError(f"patch: {record.module} is registered in several places of the model")
         if taken := [name for name in record.parameter_shapes() if hasattr(layer, name)]:
             raise ValueError(f"patch: {record.module} already has {', '.join(taken)}")
-        for name in record.linears:
-            linear = model.get_submodule(name)
-            _check_linear(name, linear)
-            if weight_uses[id(linear.weight)] > 1 or module_uses[id(linear)] > 1:
-                raise ValueError(f"patch: the weight of {name} is used in several places of the model")
+        for linear in record.linears:
+            _check_linear(linear.module, model.get_submodule(linear.module), linear.weight)
+            if weight_uses[id(linear.weight_of(model))] > 1 or module_uses[id(model.get_submodule(linear.module))] > 1:
+                raise ValueError(f"patch: the weight of {linear.module} is used in several places of the model")
 
 
-def _check_linear(name: str, linear: nn.Linear) -> None:
-    if type(linear).forward is not nn.Linear.forward or "forward" in linear.__dict__:
+_LINEAR_FORWARDS = (nn.Linear.forward, nn.Conv2d.forward, nn.MultiheadAttention.forward)
+
+
+def _check_linear(name: str, linear: nn.Module, weight_name: str) -> None:
+    if type(linear).forward not in _LINEAR_FORWARDS or "forward" in linear.__dict__:
         raise ValueError(f"patch: {name} must be an nn.Linear, got a {type(linear).__name__} with its own forward")
-    weight = linear._parameters.get("weight")
+    weight = linear._parameters.get(weight_name)
     if weight is None:
         raise ValueError(f"patch: {name} must store its weight, but computes it (weight norm, parametrization)")
     if weight.dtype not in _WEIGHT_DTYPES:
         raise ValueError(f"patch: the weight of {name} must be one of {_WEIGHT_DTYPES}, got {weight.dtype}")
+    if isinstance(linear, nn.Conv2d) and (linear.kernel_size, linear.stride, linear.groups) != ((1, 1), (1, 1), 1):
+        raise ValueError(
+            f"patch: {name} must be a 1x1 convolution of stride 1 and one group, got kernel_size={linear.kernel_size}, "
+            f"stride={linear.stride}, groups={linear.groups}"
+        )
 
 
 def parameter_dtype(weight: torch.Tensor) -> torch.dtype:

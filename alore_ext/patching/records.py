@@ -12,10 +12,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from alore_ext.modules import FusedBiasAttention, MlaeLinear, attach, detach
+from alore_ext.modules import FusedBiasAttention, attach, detach
 from alore_ext.modules.adapter import Adapter
 
 from .grouping import KronMerge, LoraMerge, Merge
+from .linear_map import LinearMap
+from .registry import Host
 
 SHARED_SCALE = "alore_scale"
 
@@ -29,14 +31,18 @@ class AdapterRecord:
         block: the block's index over the whole model.
         role: the location ("before_attn") or target ("qkv") that the config asked for.
         module: the adapted layer's name.
-        linears: names of the linears that take the merge.
+        linears: the maps that take the merge.
+        adapter: what the layer becomes.
+        host: what must change around the layer for it to be called at all.
     """
 
     config: int
     block: int
     role: str
     module: str
-    linears: tuple[str, ...]
+    linears: tuple[LinearMap, ...]
+    adapter: type[Adapter]
+    host: Host | None
 
     method: ClassVar[str]
     shares_scale: ClassVar[bool] = False
@@ -67,7 +73,7 @@ class AdapterRecord:
 
     def merged_tensors(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The backbone's parameters that `merge_` changes, by full name."""
-        return {f"{name}.weight": model.get_submodule(name).weight for name in self.linears}
+        return {linear.weight_name: linear.weight_of(model) for linear in self.linears}
 
     def merges(self, model: nn.Module, parameters: Mapping[str, Tensor]) -> list[Merge]:
         """What folds the adapter into `merged_tensors`, in order.
@@ -81,7 +87,6 @@ class AdapterRecord:
 class AloreRecord(AdapterRecord):
     """One ALoRE adapter on a layer of `width` = num_experts * p."""
 
-    adapter: type[Adapter]
     side: str
     width: int
     num_experts: int
@@ -118,17 +123,18 @@ class AloreRecord(AdapterRecord):
 
     def merged_tensors(self, model: nn.Module) -> dict[str, nn.Parameter]:
         tensors = super().merged_tensors(model)
-        if self.side == "after" and (bias := model.get_submodule(self.module).bias) is not None:
-            tensors[f"{self.module}.bias"] = bias
+        for linear in self.linears if self.side == "after" else ():
+            if (bias := linear.bias_of(model)) is not None:
+                tensors[linear.bias_name] = bias
         return tensors
 
     def merges(self, model: nn.Module, parameters: Mapping[str, Tensor]) -> list[Merge]:
         scale = parameters[SHARED_SCALE if self.share_scale else "scale"]
         merges: list[Merge] = []
-        for name in self.linears:
-            linear = model.get_submodule(name)
-            bias = linear.bias if self.side == "after" else None
-            merges.append(KronMerge(linear.weight, bias, scale, parameters["down"], parameters["up"], self.side))
+        for linear in self.linears:
+            bias = linear.bias_of(model) if self.side == "after" else None
+            weight = linear.matrix_of(model)
+            merges.append(KronMerge(weight, bias, scale, parameters["down"], parameters["up"], self.side))
         return merges
 
 
@@ -142,7 +148,6 @@ class MlaeRecord(AdapterRecord):
     expert_rank: int
     coeff_init: float
     mask_p: float
-    bias_owner: str | None
 
     method = "mlae"
 
@@ -161,26 +166,20 @@ class MlaeRecord(AdapterRecord):
         nn.init.constant_(parameters["coeff"], self.coeff_init)
 
     def attach(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
-        owner = None if self.bias_owner is None else model.get_submodule(self.bias_owner)
+        joint = self.host is not None and issubclass(self.host.adapter, FusedBiasAttention)
         attributes: dict[str, Any] = {
             "_mlae_mask_p": self.mask_p,
             "_mlae_expert_rank": self.expert_rank,
-            "_mlae_bias_owner": owner,
+            "_mlae_bias_owner": model.get_submodule(self.host.module) if joint else None,
         }
-        attach(model.get_submodule(self.module), MlaeLinear, parameters, attributes)
-        if owner is not None:
-            attach(owner, FusedBiasAttention, {}, {})
-
-    def detach(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        if self.bias_owner is not None and isinstance(owner := model.get_submodule(self.bias_owner), Adapter):
-            detach(owner)
-        return super().detach(model)
+        attributes = {name: attributes[name] for name in self.adapter.adapter_attributes}
+        attach(model.get_submodule(self.module), self.adapter, parameters, attributes)
 
     def merges(self, model: nn.Module, parameters: Mapping[str, Tensor]) -> list[Merge]:
         coeff = parameters["coeff"]
         if self.expert_rank > 1:
             coeff = coeff.repeat_interleave(self.expert_rank)
-        weight = model.get_submodule(self.module).weight
+        weight = self.linears[0].matrix_of(model)
         return [LoraMerge(weight, parameters["lora_a"], parameters["lora_b"], coeff)]
 
 

@@ -11,22 +11,48 @@ from typing import Protocol
 
 from torch import nn
 
+from alore_ext.modules.adapter import Adapter
+
+from .linear_map import LinearMap
+
+
+@dataclass(frozen=True)
+class Host:
+    """A containing module whose forward would go around its linears, and the class under which it calls them.
+
+    Attributes:
+        module: the containing module's name.
+        adapter: what its class becomes while one of its linears is adapted (see `modules.FusedBiasAttention`).
+    """
+
+    module: str
+    adapter: type[Adapter]
+
 
 @dataclass(frozen=True)
 class AloreSite:
     """A place for one ALoRE adapter.
 
     Attributes:
-        module: name of the layer that becomes an ALoRE layer: a norm ("before") or a linear ("after").
+        module: name of the layer that becomes an ALoRE layer.
         side: "before" or "after", where the adapter stands as seen from the linears it folds into.
-        linears: names of the linears that take the merge: for "before" all that consume the layer's output.
-        width: size of the last dimension that the adapter acts on.
+        linears: the maps that take the merge: for "before" all that consume the adapted value.
+        width: size of the axis that the adapter acts on.
+        end: which end of `module` is adapted: its "output" (a norm's, or the linear's own), or its "input".
+        channel_axis: the axis that the adapter acts on: -1, or 1 for NCHW.
+        host: what must change for the module to be called at all.
+        behind_padding: the site at which the value stands once zeros have been padded in; None where none are. An
+            adapter with a bias must act there: the merged bias reaches the padding too.
     """
 
     module: str
     side: str
-    linears: tuple[str, ...]
+    linears: tuple[LinearMap, ...]
     width: int
+    end: str = "output"
+    channel_axis: int = -1
+    host: Host | None = None
+    behind_padding: AloreSite | None = None
 
 
 @dataclass(frozen=True)
@@ -34,13 +60,17 @@ class MlaeSite:
     """A linear for MLAE experts.
 
     Attributes:
-        module: the linear's name.
-        bias_owner: name of an attention whose forward would go around the linear, and whose class must change
-            with it (see `modules.FusedBiasAttention`); None where the linear is called as a module.
+        linear: the map. Where the parameters are not an nn.Linear's or a convolution's own, `adapter` says what the
+            owning module becomes.
+        channel_axis: the axis that the map acts on: -1, or 1 for a 1x1 convolution.
+        host: what must change for the linear to be called at all; None where it is called as a module.
+        adapter: the class that the owning module takes; None for the usual one of its kind.
     """
 
-    module: str
-    bias_owner: str | None = None
+    linear: LinearMap
+    channel_axis: int = -1
+    host: Host | None = None
+    adapter: type[Adapter] | None = None
 
 
 @dataclass(frozen=True)
@@ -59,8 +89,7 @@ class Structure:
 
     Attributes:
         family: the family's name.
-        backbone: name of the submodule that holds the blocks and answers `get_classifier`; "" for the model
-            itself.
+        backbone: name of the submodule that holds the blocks and the classifier; "" for the model itself.
         blocks: one entry for each block, counted over the whole model.
     """
 

@@ -1,33 +1,71 @@
-"""The ViT family: plain pre-norm transformer blocks in one list.
+"""Vision Transformers: timm's (plain, DeiT, DINOv2, CLIP, EVA-02, BEiT, and whatever else is built the same way),
+torchvision's and transformers'.
 
-timm's VisionTransformer (DeiT, distilled DeiT, DeiT-3, DINOv2 with and without registers, CLIP), Eva (EVA-02)
-and Beit, and whatever else is built the same way. A model belongs here when it has exactly one list of blocks
-with children `norm1`, `attn`, `norm2` and `mlp`; what those blocks do with them is read from the data flow.
-
-    location      layer              folds into
-    before_attn   norm1              qkv (or q, k and v; a gate that reads norm1 as well)
-    after_attn    attn.proj          itself
-    before_ffn    norm2              fc1 (SwiGLU: fc1_g and fc1_x)
-    after_ffn     mlp.fc2            itself
-
-Layer scale and drop path stand after all four, so they change nothing.
+timm's blocks are many and alike, so they are read from their data flow (see `traced_blocks`). The others are few, and
+are known by the code that they run.
 """
 
 from __future__ import annotations
 
-import copy
-
 from torch import nn
 
-from alore_ext.modules import FusedBiasAttention
-from alore_ext.modules.adapter import adapted_class
+from alore_ext.modules import CalledMultiheadAttention, MlaeMultiheadAttention
 
-from .dataflow import BlockFlow, Consumer, DataflowError
-from .registry import AloreSite, BlockSites, MlaeSite, NotThisFamily, Structure, register_family
+from .known_blocks import LINEAR, SEQUENTIAL, Branch, KnownBlock, find_known_structure
+from .linear_map import LinearMap
+from .registry import NotThisFamily, Structure, register_family
+from .traced_blocks import BLOCK_CHILDREN, is_block_list, traced_block_sites
 
-_BLOCK_CHILDREN = ("norm1", "attn", "norm2", "mlp")
-_PLACES = ("before_attn", "after_attn", "qkv", "proj", "before_ffn", "after_ffn", "fc1", "fc2")
-_JOINT_BIAS = ["attn.q_bias", "attn.k_bias", "attn.v_bias"]
+_TORCHVISION = KnownBlock(
+    runs="torchvision.models.vision_transformer.EncoderBlock",
+    parts={
+        "self_attention": ("torch.nn.modules.activation.MultiheadAttention",),
+        "mlp": (SEQUENTIAL,),
+        "mlp.0": (LINEAR,),
+        "mlp.3": (LINEAR,),
+    },
+    attn=Branch(
+        norm="ln_1",
+        takes=(LinearMap("self_attention", "in_proj_weight", "in_proj_bias"),),
+        takes_adapter=MlaeMultiheadAttention,
+        gives="self_attention.out_proj",
+        host="self_attention",
+        host_of_gives=lambda attention: CalledMultiheadAttention,
+    ),
+    ffn=Branch(norm="ln_2", takes=("mlp.0",), gives="mlp.3"),
+)
+
+
+def _transformers(module: str, prefix: str, norms: tuple[str, str], gated: bool = False) -> KnownBlock:
+    """A layer of transformers 5: all its vision transformers name their linears alike."""
+    path = f"transformers.models.{module}.modeling_{module}.{prefix}"
+    ffn = Branch(norm=norms[1], takes=("mlp.fc1",), gives="mlp.fc2")
+    if gated:
+        ffn = Branch(norm=norms[1], takes=("mlp.gate_proj", "mlp.up_proj"), gives="mlp.down_proj")
+    return KnownBlock(
+        runs=f"{path}Layer",
+        parts={"attention": (f"{path}Attention",), "mlp": (f"{path}SwiGLUFFN" if gated else f"{path}MLP",)},
+        attn=Branch(
+            norm=norms[0],
+            takes=("attention.q_proj", "attention.k_proj", "attention.v_proj"),
+            gives="attention.o_proj",
+        ),
+        ffn=ffn,
+    )
+
+
+_BEFORE_AFTER, _NUMBERED = ("layernorm_before", "layernorm_after"), ("norm1", "norm2")
+_KNOWN = (
+    _TORCHVISION,
+    _transformers("vit", "ViT", _BEFORE_AFTER),
+    _transformers("deit", "DeiT", _BEFORE_AFTER),
+    _transformers("beit", "Beit", _BEFORE_AFTER),
+    *(
+        _transformers(module, prefix, _NUMBERED, gated)
+        for module, prefix in (("dinov2", "Dinov2"), ("dinov2_with_registers", "Dinov2WithRegisters"))
+        for gated in (False, True)
+    ),
+)
 
 
 class VitFamily:
@@ -40,138 +78,20 @@ class VitFamily:
     def find(self, model: nn.Module) -> Structure:
         """The blocks and their sites.
 
-        Raises NotThisFamily when there is not exactly one list of such blocks.
+        Raises NotThisFamily when there is neither exactly one list of timm's blocks, nor a block of the others.
         """
-        lists = [name for name, module in model.named_modules() if _is_block_list(module)]
-        if len(lists) != 1:
+        lists = [name for name, module in model.named_modules() if is_block_list(module)]
+        if len(lists) == 1:
+            blocks = model.get_submodule(lists[0])
+            prefix = f"{lists[0]}." if lists[0] else ""
+            sites = tuple(traced_block_sites(prefix + name, block) for name, block in blocks.named_children())
+            return Structure(self.name, lists[0].rpartition(".")[0], sites)
+        try:
+            return find_known_structure(model, self.name, _KNOWN)
+        except NotThisFamily as reason:
             found = f"{len(lists)}: {', '.join(lists)}" if lists else "none"
-            raise NotThisFamily(f"expected one list of blocks with {', '.join(_BLOCK_CHILDREN)}, found {found}")
-        blocks = model.get_submodule(lists[0])
-        prefix = f"{lists[0]}." if lists[0] else ""
-        sites = tuple(_block_sites(prefix + name, block) for name, block in blocks.named_children())
-        return Structure(self.name, lists[0].rpartition(".")[0], sites)
+            expected = f"expected one list of blocks with {', '.join(BLOCK_CHILDREN)}, found {found}"
+            raise NotThisFamily(f"{expected}; {reason}") from None
 
 
 register_family(VitFamily())
-
-
-def _is_block_list(module: nn.Module) -> bool:
-    children = list(module.children())
-    return (
-        isinstance(module, (nn.ModuleList, nn.Sequential))
-        and bool(children)
-        and all(set(_BLOCK_CHILDREN) <= set(child._modules) for child in children)
-    )
-
-
-def _block_sites(name: str, block: nn.Module) -> BlockSites:
-    try:
-        reader = _BlockReader(name, block)
-    except DataflowError as reason:
-        return BlockSites(name, refused=dict.fromkeys(_PLACES, f"{name} {reason}"))
-    sites = BlockSites(name)
-    for inner, norm, last, (before, after, role_in, role_out) in (
-        ("attn", "norm1", "attn.proj", _PLACES[:4]),
-        ("mlp", "norm2", "mlp.fc2", _PLACES[4:]),
-    ):
-        for place, table, find, arguments in (
-            (before, sites.alore, reader.before, (inner, norm)),
-            (after, sites.alore, reader.after, (last,)),
-            (role_in, sites.mlae, reader.inputs, (inner,)),
-            (role_out, sites.mlae, reader.output, (last,)),
-        ):
-            try:
-                table[place] = find(*arguments)
-            except DataflowError as reason:
-                sites.refused[place] = f"{name} {reason}"
-    return sites
-
-
-class _BlockReader:
-    """Finds the sites of one block.
-
-    Every method raises DataflowError where the block has none that is exact.
-    """
-
-    def __init__(self, name: str, block: nn.Module) -> None:
-        self.name = name
-        self.block = block
-        self.flow = BlockFlow(block)
-
-    def before(self, inner: str, norm: str) -> AloreSite:
-        """The site at `norm`, where all that it feeds is linears that take nothing else."""
-        value = self.flow.input_of(inner)
-        if self.flow.producer(value) != norm:
-            raise DataflowError(f"does not feed {norm} into its {inner}: only pre-norm blocks can be adapted there")
-        if not self.flow.is_called_once(norm):
-            raise DataflowError(f"calls its {norm} more than once")
-        if others := self.flow.other_consumers(value):
-            raise DataflowError(f"feeds its {norm} into {', '.join(others)}: no linear map can be merged into that")
-        linears = tuple(dict.fromkeys(consumer.linear for consumer in self.flow.linear_consumers(value)))
-        for linear in linears:
-            if self.flow.weight_uses(linear) != 1:
-                raise DataflowError(f"uses {linear} on more than the output of {norm}")
-        widths = {self.block.get_submodule(linear).in_features for linear in linears}
-        if len(widths) != 1:
-            raise DataflowError(f"feeds its {norm} into no linear, or into linears of several widths {sorted(widths)}")
-        return AloreSite(self._full(norm), "before", tuple(map(self._full, linears)), widths.pop())
-
-    def after(self, last: str) -> AloreSite:
-        """The site at the linear `last`."""
-        return AloreSite(self._full(last), "after", (self._full(last),), self._called_linear(last).out_features)
-
-    def inputs(self, inner: str) -> tuple[MlaeSite, ...]:
-        """The linears inside `inner` that take its input: qkv, or q, k and v; fc1, or SwiGLU's two."""
-        consumers = [
-            consumer
-            for consumer in self.flow.linear_consumers(self.flow.input_of(inner))
-            # The gate of a gated attention takes that input as well, but it is none of q, k and v.
-            if consumer.linear.startswith(f"{inner}.") and consumer.linear != "attn.gate"
-        ]
-        if not consumers:
-            raise DataflowError(f"has no linear that takes the input of its {inner}")
-        return tuple(map(self._input_site, consumers))
-
-    def output(self, last: str) -> tuple[MlaeSite, ...]:
-        """The linear `last`."""
-        self._called_linear(last)
-        return (MlaeSite(self._full(last)),)
-
-    def _called_linear(self, name: str) -> nn.Linear:
-        try:
-            linear = self.block.get_submodule(name)
-        except AttributeError:
-            raise DataflowError(f"has nothing at {name}: expected an nn.Linear") from None
-        if not isinstance(linear, nn.Linear):
-            raise DataflowError(f"has a {type(linear).__name__} at {name}: expected an nn.Linear")
-        if not self.flow.is_called_once(name) or self.flow.weight_uses(name) != 1:
-            raise DataflowError(f"does not call {name} exactly once")
-        return linear
-
-    def _input_site(self, consumer: Consumer) -> MlaeSite:
-        linear = consumer.linear
-        if self.flow.weight_uses(linear) != 1:
-            raise DataflowError(f"uses {linear} more than once")
-        if not consumer.functional:
-            return MlaeSite(self._full(linear))
-        is_joint = linear == "attn.qkv" and self.flow.joint_bias_parts(consumer) == _JOINT_BIAS
-        if not is_joint or not _calls_qkv_without_q_bias(self.block):
-            raise DataflowError(f"goes around {linear}: it reads the weight in a way that no adapter can follow")
-        return MlaeSite(self._full(linear), bias_owner=self._full("attn"))
-
-    def _full(self, name: str) -> str:
-        return f"{self.name}.{name}"
-
-
-def _calls_qkv_without_q_bias(block: nn.Module) -> bool:
-    """Whether the block, tried on a copy, calls `attn.qkv` once its attention is a FusedBiasAttention."""
-    attention = copy.copy(block.attn)
-    attention.__class__ = adapted_class(FusedBiasAttention, type(attention))
-    trial = copy.copy(block)
-    trial._modules = {**block._modules, "attn": attention}
-    try:
-        flow = BlockFlow(trial)
-        consumers = flow.linear_consumers(flow.input_of("attn"))
-    except DataflowError:
-        return False
-    return [c.functional for c in consumers if c.linear == "attn.qkv"] == [False]

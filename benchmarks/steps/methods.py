@@ -9,7 +9,7 @@ from torch import nn
 
 import alore_ext as ae
 
-from .places import Places, patch
+from .places import Places
 
 NUM_EXPERTS, RANK = 4, 4  # ALoRE
 MLAE_EXPERTS, MASK_P = 8, 0.5
@@ -131,10 +131,10 @@ OURS = "this library"
 METHODS = {
     "floor": Method("floor", floor),
     "full": Method("full fine-tuning", lambda model, places: model.requires_grad_(True)),
-    "alore": Method(OURS, lambda model, places: patch(model, ae.AloreConfig(num_experts=NUM_EXPERTS, rank=RANK))),
+    "alore": Method(OURS, lambda model, places: ae.patch(model, ae.AloreConfig(num_experts=NUM_EXPERTS, rank=RANK))),
     "alore_einsum": Method("plain PyTorch", plain_alore(EinsumAlore)),
     "alore_built": Method("plain PyTorch", plain_alore(BuiltAlore)),
-    "mlae": Method(OURS, lambda model, places: patch(model, ae.MlaeConfig(num_experts=MLAE_EXPERTS, dropout=MASK_P))),
+    "mlae": Method(OURS, lambda model, places: ae.patch(model, ae.MlaeConfig(num_experts=MLAE_EXPERTS, dropout=MASK_P))),
     "mlae_torch": Method("plain PyTorch", plain_mlae),
     "peft_lora": Method("PEFT", peft("LoraConfig", "lora", r=8)),
     "peft_lokr": Method("PEFT", peft("LoKrConfig", "lokr", r=4)),

@@ -2,10 +2,7 @@
 
 from dataclasses import dataclass
 
-import alore_ext as ae
 from alore_ext.patching.registry import find_structure, get_family
-
-from .by_hand import families_by_hand
 
 
 @dataclass(frozen=True)
@@ -30,20 +27,28 @@ class Places:
 
 
 def find_places(model) -> Places:
-    """The family's default places. Raises ValueError for a model that can be patched neither way."""
-    with families_by_hand():
-        structure = find_structure(model)
-        family = get_family(structure.family)
+    """The family's default places.
+
+    Raises ValueError for a model of no known family, and for one of 1x1 convolutions, which the methods in plain PyTorch
+    do not know.
+    """
+    structure = find_structure(model)
+    family = get_family(structure.family)
     alore = [block.alore[location] for block in structure.blocks for location in family.default_locations]
     mlae = [site for block in structure.blocks for target in family.default_targets for site in block.mlae[target]]
-    lokr = last_names(linear for site in alore if site.side == "before" for linear in site.linears)
+    if any(site.channel_axis != -1 for site in mlae):
+        raise ValueError(
+            f"{mlae[0].linear.module} is a 1x1 convolution, and the peers here act on the last axis alone: a ConvNeXt of "
+            "linears is had by --model-kwargs conv_mlp=False"
+        )
+    lokr = last_names(linear.module for site in alore if site.side == "before" for linear in site.linears)
     classifier = model.get_classifier()
     return Places(
         first_block=structure.blocks[0].name,
         alore=tuple((site.module, site.width) for site in alore),
-        mlae=tuple(site.module for site in mlae),
+        mlae=tuple(site.linear.module for site in mlae),
         lokr=lokr,
-        lora=last_names(site.module for site in mlae) if structure.family == "vit" else lokr,
+        lora=last_names(site.linear.module for site in mlae) if structure.family == "vit" else lokr,
         head=next(name for name, module in model.named_modules() if module is classifier),
     )
 
@@ -51,9 +56,3 @@ def find_places(model) -> Places:
 def last_names(names) -> tuple[str, ...]:
     """Each last part of a dotted name, once."""
     return tuple(dict.fromkeys(name.rpartition(".")[2] for name in names))
-
-
-def patch(model, config):
-    """`ae.patch`, for the families written by hand as well."""
-    with families_by_hand():
-        return ae.patch(model, config)
