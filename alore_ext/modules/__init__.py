@@ -4,16 +4,23 @@
 """
 
 from .adapter import Adapter, attach, detach
-from .alore import AloreLayerNorm, AloreLinear, AloreNorm
+from .alore import AloreInput, AloreLayerNorm, AloreLinear, AloreNorm
+from .attention import CalledWindowAttention
 from .mlae import FusedBiasAttention, MlaeLinear
+from .multihead import CalledMultiheadAttention, MlaeMultiheadAttention, check_multihead_attention
 
 __all__ = [
     "Adapter",
+    "AloreInput",
     "AloreLayerNorm",
     "AloreLinear",
     "AloreNorm",
+    "CalledMultiheadAttention",
+    "CalledWindowAttention",
     "FusedBiasAttention",
     "MlaeLinear",
+    "MlaeMultiheadAttention",
     "attach",
+    "check_multihead_attention",
     "detach",
 ]

@@ -27,11 +27,15 @@ class Adapter(nn.Module):
     adapter_bases: ClassVar[tuple[type[Adapter], type[nn.Module]]]
 
     def __reduce_ex__(self, protocol):
-        # An adapted class is made at run time, so pickle and deepcopy cannot find it by name: they get its
-        # two bases. Instances are made empty and filled afterwards, since a layer and the model that it
-        # refers to form a cycle.
+        # An adapted class is made at run time, so pickle and deepcopy cannot find it by name: they get the
+        # class that it began as and the adapters on it, first to last. Instances are made empty and filled
+        # afterwards, since a layer and the model that it refers to form a cycle.
+        adapters, base = [], type(self)
+        while "adapter_bases" in vars(base):
+            adapter, base = base.adapter_bases
+            adapters.insert(0, adapter)
         state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
-        return _new_adapted, self.adapter_bases, state
+        return _new_adapted, (base, *adapters), state
 
 
 @functools.cache
@@ -45,8 +49,8 @@ def adapted_class(adapter: type[Adapter], base: type[nn.Module]) -> type[Adapter
     return type(adapter.__name__, (adapter, base), namespace)
 
 
-def _new_adapted(adapter: type[Adapter], base: type[nn.Module]) -> Adapter:
-    cls = adapted_class(adapter, base)
+def _new_adapted(base: type[nn.Module], *adapters: type[Adapter]) -> Adapter:
+    cls = functools.reduce(lambda cls, adapter: adapted_class(adapter, cls), adapters, base)
     return cls.__new__(cls)
 
 

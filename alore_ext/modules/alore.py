@@ -1,4 +1,4 @@
-"""ALoRE layers: a norm with an adapter behind it, a linear with an adapter behind it.
+"""ALoRE layers: a norm with an adapter behind it, a linear with one behind it, a layer with one before it.
 
 Each has `down` [num_experts, p, rank] and `up` [num_experts, rank, p], p = width / num_experts. The scale
 matrices [num_experts, num_experts, num_experts] are the model's `alore_scale`, or the layer's own `scale`
@@ -27,6 +27,9 @@ class _AloreAdapter(Adapter):
         root = self._alore_root
         return self.scale if root is None else root.alore_scale
 
+    def _alore(self, x: Tensor) -> Tensor:
+        return ops.alore(x, self._scale(), self.down, self.up, self._alore_dropout, self.training)
+
     def extra_repr(self) -> str:
         num_experts, _, rank = self.down.shape
         own = ", own scale" if self._alore_root is None else ""
@@ -53,9 +56,10 @@ class AloreLayerNorm(_AloreAdapter):
 
 
 class _AloreBehind(_AloreAdapter):
-    def forward(self, x: Tensor) -> Tensor:
-        """alore(layer(x)), on the last dimension of the layer's output."""
-        return ops.alore(super().forward(x), self._scale(), self.down, self.up, self._alore_dropout, self.training)
+    def forward(self, x: Tensor, *args, **kwargs):
+        """alore(layer(x)), on the last dimension of the layer's output, or of its first where it returns a tuple."""
+        y = super().forward(x, *args, **kwargs)
+        return (self._alore(y[0]), *y[1:]) if isinstance(y, tuple) else self._alore(y)
 
 
 class AloreNorm(_AloreBehind):
@@ -64,3 +68,14 @@ class AloreNorm(_AloreBehind):
 
 class AloreLinear(_AloreBehind):
     """A linear, run as it is, then `alore` on its output: the `after_attn` and `after_ffn` locations."""
+
+
+class AloreInput(_AloreAdapter):
+    """A layer that runs as it is on `alore(x)`: the `before_*` locations where no norm comes before the layer.
+
+    Only the first argument is adapted. `nn.MultiheadAttention`, which takes its input three times, is not for it.
+    """
+
+    def forward(self, x: Tensor, *args, **kwargs):
+        """layer(alore(x), *args, **kwargs), on the last dimension of x."""
+        return super().forward(self._alore(x), *args, **kwargs)
