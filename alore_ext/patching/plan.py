@@ -13,13 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from alore_ext.config import AloreConfig, Config, MlaeConfig
-from alore_ext.masking import expert_counts, mask_probabilities
+from alore_ext.config import AloreConfig, Config
 
-from .adapters import alore_adapter, mlae_adapter
 from .heads import find_head_names
-from .records import AdapterRecord, AloreRecord, MlaeRecord
-from .registry import AloreSite, BlockSites, MlaeSite, Structure, find_structure, get_family
+from .methods import METHODS
+from .methods.mlae import MlaeRecord
+from .records import AdapterRecord
+from .registry import find_structure
 
 _WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -56,7 +56,11 @@ def make_plan(
     _check_model(model)
     configs = _as_configs(configs)
     structure = find_structure(model, family)
-    records = [record for index, config in enumerate(configs) for record in _records(model, structure, config, index)]
+    records = [
+        record
+        for index, config in enumerate(configs)
+        for record in METHODS[type(config)](model, structure, config, index)
+    ]
     _check_collisions(records)
     _check_shared_scale(configs)
     _check_layers(model, records)
@@ -78,100 +82,18 @@ def _check_model(model: nn.Module) -> None:
 
 
 def _as_configs(configs: Config | Iterable[Config]) -> tuple[Config, ...]:
-    if isinstance(configs, (AloreConfig, MlaeConfig)):
+    if type(configs) in METHODS:
         return (configs,)
-    expected = "patch: config must be an AloreConfig, a MlaeConfig, or a list of them"
+    expected = f"patch: config must be one of {', '.join(kind.__name__ for kind in METHODS)}, or a list of them"
     if not isinstance(configs, Iterable) or isinstance(configs, (str, bytes)):
         raise TypeError(f"{expected}, got {configs!r}")
     configs = tuple(configs)
     for config in configs:
-        if not isinstance(config, (AloreConfig, MlaeConfig)):
+        if type(config) not in METHODS:
             raise TypeError(f"{expected}, got {config!r}")
     if not configs:
         raise ValueError(f"{expected}, got an empty one")
     return configs
-
-
-def _records(model: nn.Module, structure: Structure, config: Config, index: int) -> list[AdapterRecord]:
-    depth = len(structure.blocks)
-    layers = range(depth) if config.layers is None else config.layers
-    if max(layers) >= depth:
-        name = type(config).__name__
-        raise ValueError(f"{name}: layers must be in 0..{depth - 1} for {depth} blocks, got {max(layers)}")
-    blocks = [(block, structure.blocks[block]) for block in layers]
-    if isinstance(config, AloreConfig):
-        locations = config.locations or get_family(structure.family).default_locations
-        return [
-            _alore_record(model, config, index, block, location, _site(sites, sites.alore, location))
-            for block, sites in blocks
-            for location in locations
-        ]
-    targets = config.targets or get_family(structure.family).default_targets
-    counts, probabilities = expert_counts(config, depth), mask_probabilities(config, depth)
-    return [
-        _mlae_record(model, config, index, block, target, site, counts[block], probabilities[block])
-        for block, sites in blocks
-        for target in targets
-        for site in _site(sites, sites.mlae, target)
-    ]
-
-
-def _site(sites: BlockSites, table: dict, place: str):
-    if place not in table:
-        reason = sites.refused.get(place, f"{sites.name} offers {', '.join(table) or 'no place at all'}")
-        raise ValueError(f"patch: {place} is not possible: {reason}")
-    return table[place]
-
-
-def _alore_record(
-    model: nn.Module, config: AloreConfig, index: int, block: int, location: str, site: AloreSite
-) -> AloreRecord:
-    if site.width % config.num_experts:
-        raise ValueError(
-            f"AloreConfig: num_experts must divide the width of {site.module}, {site.width}, got {config.num_experts}"
-        )
-    return AloreRecord(
-        config=index,
-        block=block,
-        role=location,
-        module=site.module,
-        linears=site.linears,
-        adapter=alore_adapter(site, model.get_submodule(site.module)),
-        host=site.host,
-        side=site.side,
-        width=site.width,
-        num_experts=config.num_experts,
-        rank=config.rank,
-        dropout=config.dropout,
-        share_scale=config.share_scale,
-    )
-
-
-def _mlae_record(
-    model: nn.Module,
-    config: MlaeConfig,
-    index: int,
-    block: int,
-    target: str,
-    site: MlaeSite,
-    num_experts: int,
-    mask_p: float,
-) -> MlaeRecord:
-    return MlaeRecord(
-        config=index,
-        block=block,
-        role=target,
-        module=site.linear.module,
-        linears=(site.linear,),
-        adapter=mlae_adapter(site),
-        host=site.host,
-        in_features=site.linear.in_features(model),
-        out_features=site.linear.out_features(model),
-        num_experts=num_experts,
-        expert_rank=config.expert_rank,
-        coeff_init=config.coeff_init,
-        mask_p=mask_p,
-    )
 
 
 def _check_collisions(records: Sequence[AdapterRecord]) -> None:

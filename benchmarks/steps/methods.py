@@ -134,7 +134,9 @@ METHODS = {
     "alore": Method(OURS, lambda model, places: ae.patch(model, ae.AloreConfig(num_experts=NUM_EXPERTS, rank=RANK))),
     "alore_einsum": Method("plain PyTorch", plain_alore(EinsumAlore)),
     "alore_built": Method("plain PyTorch", plain_alore(BuiltAlore)),
-    "mlae": Method(OURS, lambda model, places: ae.patch(model, ae.MlaeConfig(num_experts=MLAE_EXPERTS, dropout=MASK_P))),
+    "mlae": Method(
+        OURS, lambda model, places: ae.patch(model, ae.MlaeConfig(num_experts=MLAE_EXPERTS, dropout=MASK_P))
+    ),
     "mlae_torch": Method("plain PyTorch", plain_mlae),
     "peft_lora": Method("PEFT", peft("LoraConfig", "lora", r=8)),
     "peft_lokr": Method("PEFT", peft("LoKrConfig", "lokr", r=4)),

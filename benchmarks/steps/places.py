@@ -29,8 +29,8 @@ class Places:
 def find_places(model) -> Places:
     """The family's default places.
 
-    Raises ValueError for a model of no known family, and for one of 1x1 convolutions, which the methods in plain PyTorch
-    do not know.
+    Raises ValueError for a model of no known family, and for one of 1x1 convolutions, which the methods in plain
+    PyTorch do not know.
     """
     structure = find_structure(model)
     family = get_family(structure.family)
@@ -38,8 +38,8 @@ def find_places(model) -> Places:
     mlae = [site for block in structure.blocks for target in family.default_targets for site in block.mlae[target]]
     if any(site.channel_axis != -1 for site in mlae):
         raise ValueError(
-            f"{mlae[0].linear.module} is a 1x1 convolution, and the peers here act on the last axis alone: a ConvNeXt of "
-            "linears is had by --model-kwargs conv_mlp=False"
+            f"{mlae[0].linear.module} is a 1x1 convolution, and the peers here act on the last axis alone: a ConvNeXt "
+            "of linears is had by --model-kwargs conv_mlp=False"
         )
     lokr = last_names(linear.module for site in alore if site.side == "before" for linear in site.linears)
     classifier = model.get_classifier()

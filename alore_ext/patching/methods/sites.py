@@ -1,0 +1,31 @@
+"""Which blocks and places of a model a config speaks of."""
+
+from __future__ import annotations
+
+from alore_ext.config import Config
+
+from ..registry import BlockSites, Structure
+
+
+def selected_blocks(structure: Structure, config: Config) -> list[tuple[int, BlockSites]]:
+    """(index, block) of the config's `layers`, counted over the whole model.
+
+    Raises ValueError for an index that the model does not have.
+    """
+    depth = len(structure.blocks)
+    layers = range(depth) if config.layers is None else config.layers
+    if max(layers) >= depth:
+        name = type(config).__name__
+        raise ValueError(f"{name}: layers must be in 0..{depth - 1} for {depth} blocks, got {max(layers)}")
+    return [(block, structure.blocks[block]) for block in layers]
+
+
+def site_at(block: BlockSites, table: dict, place: str):
+    """What a block offers at a location (`table` is its `alore`) or for a role (`mlae`).
+
+    Raises ValueError saying why it offers nothing.
+    """
+    if place not in table:
+        reason = block.refused.get(place, f"{block.name} offers {', '.join(table) or 'no place at all'}")
+        raise ValueError(f"patch: {place} is not possible: {reason}")
+    return table[place]
