@@ -5,14 +5,19 @@
 
 from .adapter import Adapter, attach, detach
 from .alore import AloreLayerNorm, AloreLinear, AloreNorm
+from .channels import AloreChannelsNorm, AloreConv, AloreLayerNorm2d, MlaeConv
 from .mlae import FusedBiasAttention, MlaeLinear
 
 __all__ = [
     "Adapter",
+    "AloreChannelsNorm",
+    "AloreConv",
     "AloreLayerNorm",
+    "AloreLayerNorm2d",
     "AloreLinear",
     "AloreNorm",
     "FusedBiasAttention",
+    "MlaeConv",
     "MlaeLinear",
     "attach",
     "detach",

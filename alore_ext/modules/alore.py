@@ -14,7 +14,9 @@ from alore_ext import ops
 from .adapter import Adapter
 
 
-class _AloreAdapter(Adapter):
+class AloreAdapter(Adapter):
+    """What every layer with an ALoRE module behind it shares."""
+
     adapter_parameters = ("down", "up", "scale")
     adapter_attributes = ("_alore_root", "_alore_dropout")
 
@@ -34,7 +36,7 @@ class _AloreAdapter(Adapter):
         return ", ".join(filter(None, (super().extra_repr(), adapter)))
 
 
-class AloreLayerNorm(_AloreAdapter):
+class AloreLayerNorm(AloreAdapter):
     """`alore(layer_norm(x))` in one operator, for `nn.LayerNorm` and timm's over the last dimension."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -52,7 +54,7 @@ class AloreLayerNorm(_AloreAdapter):
         )
 
 
-class _AloreBehind(_AloreAdapter):
+class _AloreBehind(AloreAdapter):
     def forward(self, x: Tensor) -> Tensor:
         """alore(layer(x)), on the last dimension of the layer's output."""
         return ops.alore(super().forward(x), self._scale(), self.down, self.up, self._alore_dropout, self.training)
