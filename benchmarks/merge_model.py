@@ -106,9 +106,8 @@ def time_grouped(model, device, repeats):
 
 def check(model, weights, originals):
     """The last timed merge against the float64 reference, within two roundings of the weight's dtype."""
-    records = {
-        linear.weight_name: record for record in model.__dict__["_alore_state"].records for linear in record.linears
-    }
+    records = model.__dict__["_alore_state"].records
+    record_of = {linear.weight_name: record for record in records for linear in record.linears}
     for (name, merged), original in zip(weights.items(), originals, strict=True):
         record = record_of[name]
         own = {key: model.get_parameter(f"{record.module}.{key}").double() for key in record.parameter_shapes()}

@@ -6,18 +6,23 @@
 from .adapter import Adapter, attach, detach
 from .alore import AloreInput, AloreLayerNorm, AloreLinear, AloreNorm
 from .attention import CalledWindowAttention
+from .channels import AloreChannelsNorm, AloreConv, AloreLayerNorm2d, MlaeConv
 from .mlae import FusedBiasAttention, MlaeLinear
 from .multihead import CalledMultiheadAttention, MlaeMultiheadAttention, check_multihead_attention
 
 __all__ = [
     "Adapter",
+    "AloreChannelsNorm",
+    "AloreConv",
     "AloreInput",
     "AloreLayerNorm",
+    "AloreLayerNorm2d",
     "AloreLinear",
     "AloreNorm",
     "CalledMultiheadAttention",
     "CalledWindowAttention",
     "FusedBiasAttention",
+    "MlaeConv",
     "MlaeLinear",
     "MlaeMultiheadAttention",
     "attach",

@@ -14,7 +14,9 @@ from alore_ext import ops
 from .adapter import Adapter
 
 
-class _AloreAdapter(Adapter):
+class AloreAdapter(Adapter):
+    """What every layer with an ALoRE module shares."""
+
     adapter_parameters = ("down", "up", "scale")
     adapter_attributes = ("_alore_root", "_alore_dropout")
 
@@ -37,7 +39,7 @@ class _AloreAdapter(Adapter):
         return ", ".join(filter(None, (super().extra_repr(), adapter)))
 
 
-class AloreLayerNorm(_AloreAdapter):
+class AloreLayerNorm(AloreAdapter):
     """`alore(layer_norm(x))` in one operator, for `nn.LayerNorm` and timm's over the last dimension."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -55,7 +57,7 @@ class AloreLayerNorm(_AloreAdapter):
         )
 
 
-class _AloreBehind(_AloreAdapter):
+class _AloreBehind(AloreAdapter):
     def forward(self, x: Tensor, *args, **kwargs):
         """alore(layer(x)), on the last dimension of the layer's output, or of its first where it returns a tuple."""
         y = super().forward(x, *args, **kwargs)
@@ -70,7 +72,7 @@ class AloreLinear(_AloreBehind):
     """A linear, run as it is, then `alore` on its output: the `after_attn` and `after_ffn` locations."""
 
 
-class AloreInput(_AloreAdapter):
+class AloreInput(AloreAdapter):
     """A layer that runs as it is on `alore(x)`: the `before_*` locations where no norm comes before the layer.
 
     Only the first argument is adapted. `nn.MultiheadAttention`, which takes its input three times, is not for it.

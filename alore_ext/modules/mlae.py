@@ -18,7 +18,21 @@ from alore_ext import ops
 from .adapter import Adapter
 
 
-class MlaeLinear(Adapter):
+class MlaeAdapter(Adapter):
+    """What a linear and a convolution with masked experts share."""
+
+    adapter_parameters = ("lora_a", "lora_b", "coeff")
+    adapter_attributes = ("_mlae_mask_p", "_mlae_expert_rank")
+
+    _mlae_mask_p: float
+    _mlae_expert_rank: int
+
+    def extra_repr(self) -> str:
+        experts = f"mlae: experts={self.coeff.numel()}, expert_rank={self._mlae_expert_rank}"
+        return f"{super().extra_repr()}, {experts}, mask_p={self._mlae_mask_p}"
+
+
+class MlaeLinear(MlaeAdapter):
     """`y = x W^T + b + ((x A^T) * c) B^T`, c the coefficients under this step's mask (MLAE equations 4 to 6).
 
     `lora_a` [R, in_features], `lora_b` [out_features, R], `coeff` [num_experts], R = num_experts *
@@ -26,11 +40,8 @@ class MlaeLinear(Adapter):
     experts scaled by 1 / (1 - p).
     """
 
-    adapter_parameters = ("lora_a", "lora_b", "coeff")
-    adapter_attributes = ("_mlae_mask_p", "_mlae_expert_rank", "_mlae_bias_owner")
+    adapter_attributes = (*MlaeAdapter.adapter_attributes, "_mlae_bias_owner")
 
-    _mlae_mask_p: float
-    _mlae_expert_rank: int
     # The attention that keeps this linear's bias as q_bias, k_bias and v_bias; None where the linear has its
     # own.
     _mlae_bias_owner: nn.Module | None
@@ -42,10 +53,6 @@ class MlaeLinear(Adapter):
         return ops.mlae_linear(
             x, self.weight, bias, self.lora_a, self.lora_b, self.coeff, self._mlae_mask_p, self.training
         )
-
-    def extra_repr(self) -> str:
-        experts = f"mlae: experts={self.coeff.numel()}, expert_rank={self._mlae_expert_rank}"
-        return f"{super().extra_repr()}, {experts}, mask_p={self._mlae_mask_p}"
 
 
 class FusedBiasAttention(Adapter):

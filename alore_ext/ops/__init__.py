@@ -5,6 +5,7 @@ float16 activations; low-rank factors have the activations' dtype, or float32 un
 gradients have their own dtype. Shape and dtype errors are `RuntimeError`s that say what was expected and what came.
 """
 
+from .channels import alore_channels, layer_norm_alore_channels, mlae_channels
 from .grouped import (
     alore_grouped,
     kron_linear_grouped,
@@ -24,16 +25,19 @@ from .merge import (
 
 __all__ = [
     "alore",
+    "alore_channels",
     "alore_grouped",
     "kron_linear",
     "kron_linear_grouped",
     "layer_norm_alore",
+    "layer_norm_alore_channels",
     "layer_norm_alore_grouped",
     "masked_lora_linear",
     "masked_lora_linear_grouped",
     "merge_kron_",
     "merge_kron_grouped_",
     "merge_lora_",
+    "mlae_channels",
     "mlae_linear",
     "plan_alore",
     "merge_lora_grouped_",

@@ -5,6 +5,7 @@ are not fast, and they check nothing: `alore_ext.ops` does. Arithmetic is in flo
 float64 and in float32 otherwise; the result has the dtype of `x` (or of the weight that a merge changes).
 """
 
+from .channels import alore_channels, layer_norm_alore_channels, mlae_channels
 from .grouped import (
     alore_grouped,
     kron_linear_grouped,
@@ -16,14 +17,17 @@ from .lora import masked_lora_linear, merge_lora_
 
 __all__ = [
     "alore",
+    "alore_channels",
     "alore_grouped",
     "kron_linear",
     "kron_linear_grouped",
     "kron_weight",
     "layer_norm_alore",
+    "layer_norm_alore_channels",
     "layer_norm_alore_grouped",
     "masked_lora_linear",
     "masked_lora_linear_grouped",
     "merge_kron_",
     "merge_lora_",
+    "mlae_channels",
 ]
