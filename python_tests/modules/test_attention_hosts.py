@@ -130,6 +130,20 @@ def test_many_windows_broadcast_or_repeat_alike(kind, device, monkeypatch):
 
 
 @kinds
+@torch.no_grad()
+@pytest.mark.parametrize("shift", [(0, 0), (2, 2)], ids=str)
+def test_window_attention_runs_fused(kind, shift, device):
+    """Masks have a shape that the fused kernels take: else attention falls back on matrix products, silently."""
+    ours = hosted(window_attention(kind, device, shift, dtype=torch.float32), CalledWindowAttention)
+    x = torch.randn(2, 7, 9, 32, device=device)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        ours(x)
+    names = {event.name for event in profile.events()}
+    assert "aten::scaled_dot_product_attention" in names
+    assert "aten::_scaled_dot_product_attention_math" not in names
+
+
+@kinds
 def test_dropout_of_training_has_the_plain_distribution(kind, device):
     plain = window_attention(kind, device, attention_dropout=0.3, dropout=0.2)
     ours = hosted(plain, CalledWindowAttention)
@@ -480,6 +494,19 @@ def test_mlae_masks_the_three_inputs_alike(inputs, device):
         coeff_grad = torch.autograd.grad(y.square().sum(), ours.coeff)[0]
         assert [bool(g) for g in coeff_grad] == [bool(matches[0] >> i & 1) for i in range(3)]
     assert len(seen) > 4
+
+
+def test_mlae_multihead_under_autocast(inputs, device):
+    plain, ours = mlae_multihead(device, dtype=torch.float32)
+    given = inputs(dtype=torch.float32)
+    with torch.autocast(device.type, torch.bfloat16):
+        y, _ = ours(*given, need_weights=False)
+    assert y.dtype == torch.bfloat16
+    merged_(plain.in_proj_weight.data, ours)
+    expected, _ = plain(*given, need_weights=False)
+    torch.testing.assert_close(y.float(), expected, rtol=0, atol=0.05 * expected.abs().max().item())
+    y.float().square().sum().backward()
+    assert all(getattr(ours, name).grad.dtype == torch.float32 for name in ours.adapter_parameters)
 
 
 def test_mlae_multihead_repr_and_detach():
