@@ -120,7 +120,7 @@ def _window_attention(
     as_heads = mask.size(0) > 1 and rows * columns * num_heads <= _MOST_HEADS
     if as_heads:
         q, k, v = (part.flatten(1, 2) for part in (q, k, v))
-        mask = mask.flatten(0, 1)
+        mask = mask.flatten(0, 1)[None]  # the fused kernels take no mask of three dimensions
     else:
         q, k, v = (part.flatten(0, 1) for part in (q, k, v))
         mask = mask if mask.size(0) == 1 else mask.repeat(batch, 1, 1, 1)
