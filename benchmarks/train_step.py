@@ -28,6 +28,8 @@ from steps.timing import Step, milliseconds, summary, synchronize
 from timm.models import is_model_in_modules
 from timm.utils import ParseKwargs
 
+from alore_ext.models import as_mlp
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CLASSES = 100
 
@@ -66,14 +68,19 @@ def make_model(args):
     if args.img_size and not is_model_in_modules(args.model, ["convnext"]):  # a ConvNeXt takes any size as it is
         kwargs["img_size"] = args.img_size
     torch.manual_seed(0)
-    model = timm.create_model(args.model, num_classes=CLASSES, **kwargs)
+    if args.model.startswith("as_mlp"):
+        model = getattr(as_mlp, args.model)(num_classes=CLASSES, **args.model_kwargs)
+    else:
+        model = timm.create_model(args.model, num_classes=CLASSES, **kwargs)
     model = model.to(torch.float32 if args.autocast else DTYPES[args.dtype])
     return model.to(memory_format=torch.channels_last) if args.channels_last else model
 
 
 def make_batch(args, base, batch, device):
     """Random images and labels."""
-    size = base.patch_embed.img_size if hasattr(base, "patch_embed") else base.default_cfg["input_size"][1:]
+    size = getattr(getattr(base, "patch_embed", None), "img_size", None)
+    if size is None:
+        size = getattr(base, "default_cfg", {"input_size": (3, 224, 224)})["input_size"][1:]
     if args.img_size:
         size = (args.img_size, args.img_size)
     generator = torch.Generator().manual_seed(1)

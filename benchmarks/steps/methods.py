@@ -18,19 +18,21 @@ MLAE_EXPERTS, MASK_P = 8, 0.5
 class PlainAlore(nn.Module):
     """A layer with ALoRE behind it, in plain PyTorch. The scale matrices are the whole model's."""
 
-    def __init__(self, layer: nn.Module, scale: nn.Parameter, width: int):
+    def __init__(self, layer: nn.Module, scale: nn.Parameter, width: int, channel_axis: int):
         super().__init__()
         n = scale.shape[0]
-        self.layer, self.scale = layer, scale
+        self.layer, self.scale, self.channel_axis = layer, scale, channel_axis
         self.down = nn.Parameter(torch.randn(n, width // n, RANK, device=scale.device, dtype=scale.dtype) * 0.05)
         self.up = nn.Parameter(torch.zeros(n, RANK, width // n, device=scale.device, dtype=scale.dtype))
+
+    def forward(self, x):
+        return self.alore(self.layer(x).movedim(self.channel_axis, -1)).movedim(-1, self.channel_axis)
 
 
 class EinsumAlore(PlainAlore):
     """By the factors, one after another: the form that one would write."""
 
-    def forward(self, x):
-        x = self.layer(x)
+    def alore(self, x):
         code = torch.einsum("...ak,ikr->...air", x.unflatten(-1, (self.scale.shape[0], -1)), self.down)
         mixed = torch.einsum("...air,iab->...bir", code, self.scale)
         return x + torch.einsum("...bir,irp->...bp", mixed, self.up).flatten(-2)
@@ -39,27 +41,28 @@ class EinsumAlore(PlainAlore):
 class BuiltAlore(PlainAlore):
     """By a dense W' [width, width], built once a step."""
 
-    def forward(self, x):
-        x = self.layer(x)
+    def alore(self, x):
         built = torch.einsum("iab,ikr,irp->akbp", self.scale, self.down, self.up)
         return x + x @ built.reshape(x.shape[-1], x.shape[-1])
 
 
 class PlainMlae(nn.Module):
-    """A linear with MLAE's masked experts, in plain PyTorch."""
+    """A linear or 1x1 convolution with MLAE's masked experts, in plain PyTorch."""
 
-    def __init__(self, linear: nn.Linear):
+    def __init__(self, linear: nn.Module, channel_axis: int):
         super().__init__()
         like = {"device": linear.weight.device, "dtype": linear.weight.dtype}
-        self.linear = linear
-        self.lora_a = nn.Parameter(torch.randn(MLAE_EXPERTS, linear.in_features, **like) * linear.in_features**-0.5)
-        self.lora_b = nn.Parameter(torch.zeros(linear.out_features, MLAE_EXPERTS, **like))
+        out_features, in_features = linear.weight.shape[:2]
+        self.linear, self.channel_axis = linear, channel_axis
+        self.lora_a = nn.Parameter(torch.randn(MLAE_EXPERTS, in_features, **like) * in_features**-0.5)
+        self.lora_b = nn.Parameter(torch.zeros(out_features, MLAE_EXPERTS, **like))
         self.coeff = nn.Parameter(torch.ones(MLAE_EXPERTS, **like))
 
     def forward(self, x):
         coeff = F.dropout(self.coeff, MASK_P, self.training)
-        base = F.linear(x, self.linear.weight, self.linear.bias)
-        return base + F.linear(F.linear(x, self.lora_a) * coeff, self.lora_b)
+        rows = x.movedim(self.channel_axis, -1)
+        update = F.linear(F.linear(rows, self.lora_a) * coeff, self.lora_b)
+        return self.linear(x) + update.movedim(-1, self.channel_axis)
 
 
 def freeze(model):
@@ -92,7 +95,7 @@ def plain_alore(kind: type[PlainAlore]):
         scale = torch.randn(NUM_EXPERTS, NUM_EXPERTS, NUM_EXPERTS, device=weight.device, dtype=weight.dtype)
         model.alore_scale = nn.Parameter(scale / NUM_EXPERTS**0.5)
         for name, width in places.alore:
-            model.set_submodule(name, kind(model.get_submodule(name), model.alore_scale, width))
+            model.set_submodule(name, kind(model.get_submodule(name), model.alore_scale, width, places.channel_axis))
         return model
 
     return build
@@ -102,7 +105,7 @@ def plain_mlae(model, places: Places):
     """MLAE in plain PyTorch."""
     freeze(model)
     for name in places.mlae:
-        model.set_submodule(name, PlainMlae(model.get_submodule(name)))
+        model.set_submodule(name, PlainMlae(model.get_submodule(name), places.channel_axis))
     return model
 
 

@@ -16,6 +16,7 @@ class Places:
         lokr: last names of the linears that ALoRE acts on ("qkv", "fc1"): LoKr's targets.
         lora: the same for LoRA; in a ViT those of MLAE ("qkv"), as is the habit there.
         head: the classifier.
+        channel_axis: of the activations there: -1, or 1 for NCHW between 1x1 convolutions.
     """
 
     first_block: str
@@ -24,23 +25,18 @@ class Places:
     lokr: tuple[str, ...]
     lora: tuple[str, ...]
     head: str
+    channel_axis: int
 
 
 def find_places(model) -> Places:
     """The family's default places.
 
-    Raises ValueError for a model of no known family, and for one of 1x1 convolutions, which the methods in plain
-    PyTorch do not know.
+    Raises ValueError for a model of no known family.
     """
     structure = find_structure(model)
     family = get_family(structure.family)
     alore = [block.alore[location] for block in structure.blocks for location in family.default_locations]
     mlae = [site for block in structure.blocks for target in family.default_targets for site in block.mlae[target]]
-    if any(site.channel_axis != -1 for site in mlae):
-        raise ValueError(
-            f"{mlae[0].linear.module} is a 1x1 convolution, and the peers here act on the last axis alone: a ConvNeXt "
-            "of linears is had by --model-kwargs conv_mlp=False"
-        )
     lokr = last_names(linear.module for site in alore if site.side == "before" for linear in site.linears)
     classifier = model.get_classifier()
     return Places(
@@ -50,6 +46,7 @@ def find_places(model) -> Places:
         lokr=lokr,
         lora=last_names(site.linear.module for site in mlae) if structure.family == "vit" else lokr,
         head=next(name for name, module in model.named_modules() if module is classifier),
+        channel_axis=alore[0].channel_axis,
     )
 
 

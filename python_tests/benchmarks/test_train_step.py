@@ -236,6 +236,17 @@ def test_arguments_that_contradict_each_other(script, argv, text, capsys):
     assert text in capsys.readouterr().err
 
 
-def test_convnext_with_convolutions_for_linears_is_refused(script):
-    with pytest.raises(ValueError, match="conv_mlp=False"):
-        script.find_places(timm.create_model("convnext_atto"))
+@pytest.mark.parametrize("name", ["alore_einsum", "alore_built", "mlae_torch"])
+def test_plain_methods_between_convolutions(script, name):
+    """The peers of NCHW models start as the identity, and act on the channels."""
+    torch.manual_seed(0)
+    base = timm.create_model("convnext_atto", num_classes=10).eval()
+    places = script.find_places(base)
+    assert places.channel_axis == 1
+    x = torch.randn(2, 3, 64, 64)
+    model = script.METHODS[name].build(copy.deepcopy(base), places).eval()
+    torch.testing.assert_close(model(x), base(x), rtol=1e-4, atol=1e-5)
+    for key, parameter in model.named_parameters():
+        if key.endswith(("up", "lora_b")):
+            torch.nn.init.normal_(parameter, std=0.1)
+    assert (model(x) - base(x)).abs().max() > 1e-3

@@ -270,3 +270,23 @@ def test_a_layer_replaced_after_patch_is_noticed():
         with pytest.raises(ValueError, match="blocks.1.norm1 is no longer the layer that was patched"):
             call(model)
         assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("failing_call", [4, 5, 6])
+def test_failure_at_an_attention_that_changes_with_its_linear_is_undone(failing_call, monkeypatch):
+    """In a BEiT of three blocks the first three layers are the qkvs, the next three their attentions."""
+    from alore_ext.patching import attaching
+    from alore_ext.patching.methods import mlae
+
+    real, calls = attaching.attach, []
+
+    def flaky(*args):
+        calls.append(1)
+        if len(calls) == failing_call:
+            raise MemoryError("no room")
+        real(*args)
+
+    for module in (attaching, mlae):
+        monkeypatch.setattr(module, "attach", flaky)
+    refused(build("beit"), ae.MlaeConfig(), "no room", MemoryError)
+    assert len(calls) == failing_call
