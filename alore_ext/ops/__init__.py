@@ -5,6 +5,7 @@ float16 activations; low-rank factors have the activations' dtype, or float32 un
 gradients have their own dtype. Shape and dtype errors are `RuntimeError`s that say what was expected and what came.
 """
 
+from .axial import axial_shift, axial_shift_pair
 from .grouped import (
     alore_grouped,
     kron_linear_grouped,
@@ -25,6 +26,8 @@ from .merge import (
 __all__ = [
     "alore",
     "alore_grouped",
+    "axial_shift",
+    "axial_shift_pair",
     "kron_linear",
     "kron_linear_grouped",
     "layer_norm_alore",

@@ -5,6 +5,7 @@ are not fast, and they check nothing: `alore_ext.ops` does. Arithmetic is in flo
 float64 and in float32 otherwise; the result has the dtype of `x` (or of the weight that a merge changes).
 """
 
+from .axial import axial_shift, axial_shift_pair
 from .grouped import (
     alore_grouped,
     kron_linear_grouped,
@@ -17,6 +18,8 @@ from .lora import masked_lora_linear, merge_lora_
 __all__ = [
     "alore",
     "alore_grouped",
+    "axial_shift",
+    "axial_shift_pair",
     "kron_linear",
     "kron_linear_grouped",
     "kron_weight",
