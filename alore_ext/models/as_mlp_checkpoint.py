@@ -45,17 +45,16 @@ def _read(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         except SafetensorError as error:
             raise ValueError(f"load_as_mlp_checkpoint: {path} is not a whole safetensors file: {error}") from error
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        foreign = re.search(r"GLOBAL (\S+)", str(error))
-        if foreign is None:
+    with path.open("rb") as file:
+        try:
+            content = torch.load(file, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            foreign = re.search(r"GLOBAL (\S+)", str(error))
+            if foreign is not None:
+                raise ValueError(_foreign_object(path, foreign[1])) from error
             raise ValueError(f"load_as_mlp_checkpoint: {path} is not a checkpoint of torch.save: {error}") from error
-        raise ValueError(_foreign_object(path, foreign[1])) from error
-    except (RuntimeError, EOFError) as error:
-        raise ValueError(
-            f"load_as_mlp_checkpoint: {path} is damaged or no checkpoint of torch.save: {error}"
-        ) from error
+        except (RuntimeError, EOFError, OSError) as error:
+            raise ValueError(f"load_as_mlp_checkpoint: {path} is damaged, or not of torch.save: {error}") from error
     state = content.get("model", content) if isinstance(content, Mapping) else content
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()) or not state:
         found = f"the entries {list(content)[:8]}" if isinstance(content, Mapping) else f"a {type(content).__name__}"
