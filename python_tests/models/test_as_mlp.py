@@ -197,6 +197,7 @@ def test_stochastic_depth_drops_whole_branches_and_keeps_the_mean(device):
     assert torch.equal(drop.eval()(x), x)
 
 
+@torch.backends.cudnn.flags(enabled=True, deterministic=True)
 def test_grad_checkpointing_is_exact(device):
     """The same bits, with stochastic depth; and what lies inside the blocks is not kept."""
     results, kept = [], []
