@@ -25,6 +25,8 @@ DTYPES = [
 # paths, (8, 16, 4) and (4, 24, 16) of their general one.
 FACTORS = [(1, 24, 4), (4, 24, 4), (3, 7, 5), (32, 3, 1), (2, 9, 64), (4, 32, 4), (4, 96, 4), (8, 16, 4), (4, 24, 16)]
 TOKENS = (0, 1, 19, 197)
+# Feature maps of the axial shifts: pixels in whole vectors and not, planes smaller than one, groups of one channel.
+IMAGES = [(0, 8, 3, 3), (1, 1, 1, 1), (2, 7, 3, 5), (3, 40, 7, 7), (2, 24, 14, 9), (1, 128, 5, 2)]
 
 
 def leaf(generator, dtype, *shape, spread=1.0):
@@ -101,6 +103,28 @@ def wrong_merges(generator, shape, dtype, factor, tolerance) -> int:
     return wrong
 
 
+def wrong_shifts(generator, shape, dtype, tolerance) -> int:
+    """The axial shifts of one feature map, in both layouts and from a misaligned start; how many came out wrong."""
+    wrong = 0
+    plain = leaf(generator, dtype, *shape).detach()
+    misaligned = torch.cat([plain.new_zeros(1), plain.flatten()])[1:].view(shape)
+    layouts = plain, plain.to(memory_format=torch.channels_last), misaligned
+    for x, shift_size in itertools.product(layouts, (1, 3, 4, 5, 40)):
+        for name, dims in (("axial_shift", (2,)), ("axial_shift", (3,)), ("axial_shift_pair", ())):
+            results = []
+            for module in (ops, reference):
+                inputs = x.detach().requires_grad_()
+                y = getattr(module, name)(inputs, shift_size, *dims)
+                y = y if isinstance(y, tuple) else (y,)
+                sum(t.square().sum() for t in y).backward()
+                results.append([*y, inputs.grad])
+            for got, exact in zip(*results, strict=True):
+                if not (got.double() - exact.double()).norm() <= tolerance * exact.double().norm():
+                    wrong += 1
+                    print(f"{name} {shape} {dtype} shift size {shift_size}: wrong", file=sys.stderr)
+    return wrong
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="16-bit activations and 197 tokens: for racecheck")
@@ -125,6 +149,9 @@ def main() -> int:
     for (dtype, factor, tolerance), shape in itertools.product(dtypes, FACTORS):
         wrong += wrong_merges(generator, shape, dtype, factor, tolerance)
         calls += 2
+    for (dtype, _, tolerance), shape in itertools.product(dtypes, IMAGES):
+        wrong += wrong_shifts(generator, shape, dtype, tolerance)
+        calls += 45
     if device.type == "cuda":
         torch.cuda.synchronize()
     print(f"{calls} calls on {device}, {wrong} wrong")

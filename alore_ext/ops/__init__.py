@@ -5,6 +5,7 @@ float16 activations; low-rank factors have the activations' dtype, or float32 un
 gradients have their own dtype. Shape and dtype errors are `RuntimeError`s that say what was expected and what came.
 """
 
+from .axial import axial_shift, axial_shift_pair
 from .channels import alore_channels, layer_norm_alore_channels, mlae_channels
 from .grouped import (
     alore_grouped,
@@ -27,6 +28,8 @@ __all__ = [
     "alore",
     "alore_channels",
     "alore_grouped",
+    "axial_shift",
+    "axial_shift_pair",
     "kron_linear",
     "kron_linear_grouped",
     "layer_norm_alore",

@@ -5,6 +5,7 @@ are not fast, and they check nothing: `alore_ext.ops` does. Arithmetic is in flo
 float64 and in float32 otherwise; the result has the dtype of `x` (or of the weight that a merge changes).
 """
 
+from .axial import axial_shift, axial_shift_pair
 from .channels import alore_channels, layer_norm_alore_channels, mlae_channels
 from .grouped import (
     alore_grouped,
@@ -19,6 +20,8 @@ __all__ = [
     "alore",
     "alore_channels",
     "alore_grouped",
+    "axial_shift",
+    "axial_shift_pair",
     "kron_linear",
     "kron_linear_grouped",
     "kron_weight",

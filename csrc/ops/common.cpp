@@ -99,11 +99,6 @@ void check_merge_target(const char* op, const Tensor& weight) {
   check_no_overlap(op, "weight", weight);
 }
 
-void check_floating(const char* op, const char* name, const Tensor& t) {
-  TORCH_CHECK(is_supported(t.scalar_type()), op, ": ", name,
-              " must be float64, float32, bfloat16 or float16, got ", t.scalar_type());
-}
-
 void check_named_grad(const char* op, const char* name, const Tensor& grad, c10::SymIntArrayRef sizes,
                       const Tensor& like, at::ScalarType dtype) {
   TORCH_CHECK(grad.sym_sizes() == sizes, op, ": ", name, " must be ", sizes, ", got ", grad.sym_sizes());
@@ -112,6 +107,11 @@ void check_named_grad(const char* op, const char* name, const Tensor& grad, c10:
 }
 
 }  // namespace
+
+void check_floating(const char* op, const char* name, const Tensor& t) {
+  TORCH_CHECK(is_supported(t.scalar_type()), op, ": ", name,
+              " must be float64, float32, bfloat16 or float16, got ", t.scalar_type());
+}
 
 kernels::DType kernel_dtype(at::ScalarType type) {
   switch (type) {

@@ -36,6 +36,7 @@ Tensor flatten_tokens(const Tensor& x);
 // A residual map (alore, layer_norm_alore) must be as wide at its output as at its input.
 enum class Width { kAny, kResidual };
 
+void check_floating(const char* op, const char* name, const Tensor& t);
 void check_kron(const char* op, const Tensor& x, const Tensor& scale, const Tensor& down, const Tensor& up,
                 Width width);
 void check_dropout(const char* op, const Tensor& x, const OptTensor& seed, double p);

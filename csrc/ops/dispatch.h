@@ -58,6 +58,10 @@ ALORE_OP(layer_norm_alore_grouped,
                 const Tensor&, std::optional<at::ScalarType>))
 ALORE_OP(masked_lora_linear_grouped, Tensor(const Tensor&, const Tensor&, const OptTensor&, TensorList,
                                             TensorList, TensorList, const Tensor&))
+ALORE_OP(axial_shift, Tensor(const Tensor&, int64_t, int64_t))
+ALORE_OP(axial_shift_backward, Tensor(const Tensor&, int64_t, int64_t))
+ALORE_OP(axial_shift_pair, std::tuple<Tensor, Tensor>(const Tensor&, int64_t))
+ALORE_OP(axial_shift_pair_backward, Tensor(const Tensor&, const Tensor&, int64_t))
 
 #undef ALORE_OP
 

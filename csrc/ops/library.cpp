@@ -84,4 +84,11 @@ TORCH_LIBRARY(alore_ext, m) {
   m.def(
       "masked_lora_linear_grouped(Tensor x, Tensor weight, Tensor? bias, Tensor[] lora_a, Tensor[] lora_b,"
       " Tensor[] coeff, Tensor index) -> Tensor");
+
+  // AS-MLP's shift of x [B, C, H, W] along dim, 2 (H) or 3 (W): see kernels/axial_shift.h. The pair is both,
+  // along W and along H.
+  m.def("axial_shift(Tensor x, int shift_size, int dim) -> Tensor");
+  m.def("axial_shift_backward(Tensor grad_out, int shift_size, int dim) -> Tensor");
+  m.def("axial_shift_pair(Tensor x, int shift_size) -> (Tensor, Tensor)");
+  m.def("axial_shift_pair_backward(Tensor grad_width, Tensor grad_height, int shift_size) -> Tensor");
 }

@@ -10,6 +10,11 @@ def seed(value, device="cpu"):
     return torch.tensor([value], device=device)
 
 
+def image(device, dtype, memory_format=torch.contiguous_format):
+    """A feature map [B, C, H, W] whose channels divide into no whole groups."""
+    return draw(2, 7, 3, 4, dtype=dtype, device=device).to(memory_format=memory_format)
+
+
 def forward_calls(device="cpu", dtype=torch.float64, factor_dtype=None):
     """The differentiable ops, with the variants of their optional arguments."""
     options = {"device": device, "dtype": dtype, "factor_dtype": factor_dtype}
@@ -42,6 +47,13 @@ def forward_calls(device="cpu", dtype=torch.float64, factor_dtype=None):
         "masked_lora_linear-no-bias": (namespace.masked_lora_linear, [*(lora | {"bias": None}).values()]),
         "mlae_linear": (namespace.mlae_linear, [*mlae_args(**options).values(), 0.0, True]),
         "mlae_linear-eval": (namespace.mlae_linear, [*mlae_args(expert_rank=1, **options).values(), 0.5, False]),
+        "axial_shift-width": (namespace.axial_shift, [image(device, dtype), 5, 3]),
+        "axial_shift-height": (namespace.axial_shift, [image(device, dtype, torch.channels_last), 4, -2]),
+        "axial_shift_pair": (namespace.axial_shift_pair, [image(device, dtype), 3]),
+        "axial_shift_pair-channels-last": (
+            namespace.axial_shift_pair,
+            [image(device, dtype, torch.channels_last), 5],
+        ),
     }
 
 
@@ -115,6 +127,11 @@ def backward_calls(device="cpu", dtype=torch.float64, factor_dtype=None):
         "masked_lora_linear_backward-frozen-weight": (
             namespace.masked_lora_linear_backward,
             [lora_grad, *low_rank, [True, False, False, True, True, True]],
+        ),
+        "axial_shift_backward": (namespace.axial_shift_backward, [image(device, dtype), 5, 2]),
+        "axial_shift_pair_backward": (
+            namespace.axial_shift_pair_backward,
+            [image(device, dtype, torch.channels_last), image(device, dtype), 4],
         ),
     }
 

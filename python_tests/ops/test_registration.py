@@ -81,7 +81,8 @@ def test_folding_forward(call, device):
 def test_gradcheck(call, device):
     """Every gradient against finite differences; also undefined and batched incoming gradients, and determinism."""
     op, arguments = forward_calls(device)[call]
-    count = 2 if op == namespace.add_layer_norm_alore else 1  # of outputs that have a gradient: y and the sum
+    # Outputs that have a gradient: y and the sum, or both shifts.
+    count = 2 if op in (namespace.add_layer_norm_alore, namespace.axial_shift_pair) else 1
 
     assert torch.autograd.gradcheck(
         lambda *a: out if isinstance(out := op(*a), torch.Tensor) else out[:count],
