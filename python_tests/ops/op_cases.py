@@ -229,8 +229,8 @@ def assert_matches_oracle(op, args, names=None, library=ops, oracle=reference, e
 
     Where an argument is a single number, its gradient is one sum, and how two implementations' errors in it compare is
     partly chance: such calls are judged over several upstream gradients together, and more loosely. (float16 and
-    bfloat16, 150 seeds: the ratio of the errors is 0.6 in the median and 2.3 at worst.) `draws` upstream gradients judge
-    other small arguments together.
+    bfloat16, 150 seeds: the ratio of the errors is 0.6 in the median and 2.3 at worst.) Over `draws`
+    upstream gradients other small arguments are judged together too.
     """
     single = any(torch.is_tensor(arg) and arg.numel() == 1 for arg in args.values())
     draws, times = (8, 3) if single else (draws, 2)
