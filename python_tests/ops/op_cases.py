@@ -224,15 +224,16 @@ def assert_within_budget(got, oracle, eager, what, times=2):
         assert error <= allowed, f"{what}: error {error:.3e}, allowed {allowed:.3e}"
 
 
-def assert_matches_oracle(op, args, names=None, library=ops, oracle=reference, eager=EAGER):
+def assert_matches_oracle(op, args, names=None, library=ops, oracle=reference, eager=EAGER, draws=1):
     """Forward and every gradient (or those named) of one call against float64, with eager's error as the measure.
 
     Where an argument is a single number, its gradient is one sum, and how two implementations' errors in it compare is
     partly chance: such calls are judged over several upstream gradients together, and more loosely. (float16 and
-    bfloat16, 150 seeds: the ratio of the errors is 0.6 in the median and 2.3 at worst.)
+    bfloat16, 150 seeds: the ratio of the errors is 0.6 in the median and 2.3 at worst.) Over `draws`
+    upstream gradients other small arguments are judged together too.
     """
     single = any(torch.is_tensor(arg) and arg.numel() == 1 for arg in args.values())
-    draws, times = (8, 3) if single else (1, 2)
+    draws, times = (8, 3) if single else (draws, 2)
     results = []
     for _ in range(draws):
         grad_out = output_like(op, args)
