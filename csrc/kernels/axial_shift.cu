@@ -51,6 +51,32 @@ __device__ __forceinline__ Vec<T, kLanes> load_across(const T* p, int skip) {
   return load<T, kLanes>(reinterpret_cast<const T*>(both.word));
 }
 
+// Division by a number that is known at launch: of 32-bit dividends, which are below 2^31 and not negative,
+// by a multiplication. A thread does three of them for one vector, and a real division costs as much as the
+// rest.
+template <typename Index>
+class Divider {
+ public:
+  explicit Divider(int64_t divisor) : divisor_(static_cast<Index>(divisor)) {
+    while ((int64_t{1} << bits_) < divisor) ++bits_;
+    // Rounded up: exact for such dividends, and for divisor > 1 below 2^32.
+    if (sizeof(Index) == 4 && bits_ > 0) {
+      multiplier_ = static_cast<uint32_t>(((int64_t{1} << (31 + bits_)) + divisor - 1) / divisor);
+    }
+  }
+  __device__ __forceinline__ Index quotient(Index n) const {
+    if constexpr (sizeof(Index) == 8) return n / divisor_;
+    return bits_ == 0 ? n
+                      : static_cast<Index>(__umulhi(static_cast<uint32_t>(n), multiplier_) >> (bits_ - 1));
+  }
+  __device__ __forceinline__ Index remainder(Index n) const { return n - quotient(n) * divisor_; }
+
+ private:
+  Index divisor_;
+  uint32_t multiplier_ = 0;
+  int bits_ = 0;  // the least with divisor <= 2^bits
+};
+
 // What both layouts need of the shape. Index is int32_t where an image's elements can be counted in it.
 template <typename Index>
 struct Image {
@@ -84,13 +110,17 @@ struct Planes {
   using Vector = Vec<T, kLanes>;
 
   Image<Index> image;
-  Index runs, groups, vectors;  // vectors: that one run may touch
-  int64_t elements;             // of the tensor
+  Divider<Index> groups, row, plane;
+  Index runs, group_count, vectors;  // vectors: that one run may touch
+  int64_t elements;                  // of the tensor
 
   Planes(const AxialShape& s)
       : image(s),
+        groups(s.groups()),
+        row(s.width),
+        plane(s.height * s.width),
         runs(static_cast<Index>(s.batch * s.groups())),
-        groups(static_cast<Index>(s.groups())),
+        group_count(static_cast<Index>(s.groups())),
         // A run need not start or end with a vector.
         vectors(static_cast<Index>(s.group_channels() * s.height * s.width / kLanes + 2)),
         elements(s.batch * s.channels * s.height * s.width) {}
@@ -103,12 +133,13 @@ struct Planes {
   };
 
   __device__ __forceinline__ Place place(Index run, Index vector) const {
-    const Index b = run / groups, group = run - b * groups, channel = group * image.group_channels;
-    const Index plane = image.height * image.width;
-    const int64_t begin = (int64_t{b} * image.channels + channel) * plane;
+    const Index b = groups.quotient(run), group = run - b * group_count;
+    const Index channel = group * image.group_channels, plane_size = image.height * image.width;
+    const int64_t begin = (int64_t{b} * image.channels + channel) * plane_size;
     const int lead = static_cast<int>(begin % kLanes);
     const Index at = vector * kLanes;
-    return {begin - lead + at, at - lead, min(image.group_channels, image.channels - channel) * plane, group};
+    return {begin - lead + at, at - lead, min(image.group_channels, image.channels - channel) * plane_size,
+            group};
   }
 
   __device__ __forceinline__ bool has_work(const Place& p) const { return p.element < p.length; }
@@ -117,7 +148,9 @@ struct Planes {
     const Index stride = axis == ShiftAxis::kWidth ? 1 : image.width, extent = image.extent(axis);
     const Index period = extent * stride, offset = image.distance(p.group, extent) * stride;
     // Within its period; of a lane before the run, which is not stored, what leads up to 0 at the run.
-    Index position = p.element < 0 ? p.element : p.element % period;
+    Index position = p.element;
+    if (position >= 0)
+      position = axis == ShiftAxis::kWidth ? row.remainder(position) : plane.remainder(position);
     if constexpr (kLanes > 1) {
       // Whole vectors, where they are inside the tensor; what came from elsewhere is masked.
       const int skip = static_cast<int>(offset & (kLanes - 1));
@@ -165,10 +198,14 @@ struct Pixels {
   using Vector = Vec<T, kLanes>;
 
   Image<Index> image;
+  Divider<Index> rows, pixel, group_of;
   Index runs, vectors, vectors_per_pixel;
 
   Pixels(const AxialShape& s)
       : image(s),
+        rows(s.height),
+        pixel(s.channels / kLanes),
+        group_of(s.group_channels()),
         runs(static_cast<Index>(s.batch * s.height)),
         vectors(static_cast<Index>(s.width * (s.channels / kLanes))),
         vectors_per_pixel(static_cast<Index>(s.channels / kLanes)) {}
@@ -179,8 +216,8 @@ struct Pixels {
   };
 
   __device__ __forceinline__ Place place(Index run, Index vector) const {
-    const Index w = vector / vectors_per_pixel;
-    return {(int64_t{run} * vectors + vector) * kLanes, run % image.height, w,
+    const Index w = pixel.quotient(vector);
+    return {(int64_t{run} * vectors + vector) * kLanes, rows.remainder(run), w,
             (vector - w * vectors_per_pixel) * kLanes};
   }
 
@@ -195,7 +232,7 @@ struct Pixels {
       if (position + distance < 0 || position + distance >= extent) return Vector{};
       return load<T, kLanes>(x + p.vector + int64_t{distance} * stride);
     };
-    Index group = p.channel / image.group_channels, next = (group + 1) * image.group_channels;
+    Index group = group_of.quotient(p.channel), next = (group + 1) * image.group_channels;
     Vector v = from_group(group);
     for (; next < p.channel + kLanes; next += image.group_channels) {
       const Vector other = from_group(++group);
