@@ -52,8 +52,7 @@ __device__ __forceinline__ Vec<T, kLanes> load_across(const T* p, int skip) {
 }
 
 // Division by a number that is known at launch: of 32-bit dividends, which are below 2^31 and not negative,
-// by a multiplication. A thread does three of them for one vector, and a real division costs as much as the
-// rest.
+// by a multiplication. A thread does three of them for one vector; real ones take tens of instructions each.
 template <typename Index>
 class Divider {
  public:
