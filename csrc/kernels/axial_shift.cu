@@ -12,6 +12,7 @@ using Bits = std::conditional_t<kSize == 2, uint16_t, std::conditional_t<kSize =
 
 constexpr int kVectorBytes = 16;
 constexpr int kBlock = 128;
+constexpr int kPart = 2 * kBlock;  // vectors that a block takes at once
 
 template <typename T, int kLanes>
 struct alignas(sizeof(T) * kLanes) Vec {
@@ -25,7 +26,11 @@ __device__ __forceinline__ Vec<T, kLanes> load(const T* p) {
 
 template <typename T, int kLanes>
 __device__ __forceinline__ void store(T* p, const Vec<T, kLanes>& v) {
-  *reinterpret_cast<Vec<T, kLanes>*>(p) = v;
+  if constexpr (sizeof(v) == kVectorBytes) {
+    store_16(p, std::bit_cast<uint4>(v));
+  } else {
+    *p = v.lane[0];
+  }
 }
 
 // 16 bytes from element `skip` on of the two vectors that start at p, which is a multiple of 16. The same
@@ -248,34 +253,49 @@ struct Pixels {
   }
 };
 
-// Calls work(place) for the thread's vectors: blockIdx.y counts runs, blockIdx.x parts of one.
-template <typename Layout, typename Work>
-__device__ __forceinline__ void for_vectors(const Layout& layout, Work work) {
+// Stores load(place) at the thread's places: blockIdx.y counts runs, blockIdx.x parts of one. Two vectors of
+// a thread are loaded before the first is stored.
+template <typename Layout, typename Load, typename Store>
+__device__ __forceinline__ void for_vectors(const Layout& layout, Load load, Store store) {
   using Index = typename Layout::Index;
   for (Index run = blockIdx.y; run < layout.runs; run += gridDim.y) {
-    for (Index vector = Index(blockIdx.x) * kBlock + threadIdx.x; vector < layout.vectors;
-         vector += Index(gridDim.x) * kBlock) {
-      const auto place = layout.place(run, vector);
-      if (layout.has_work(place)) work(place);
+    for (Index vector = Index(blockIdx.x) * kPart + threadIdx.x; vector < layout.vectors;
+         vector += Index(gridDim.x) * kPart) {
+      const auto first = layout.place(run, vector), second = layout.place(run, vector + kBlock);
+      const bool do_first = layout.has_work(first);
+      const bool do_second = vector + kBlock < layout.vectors && layout.has_work(second);
+      decltype(load(first)) a, b;
+      if (do_first) a = load(first);
+      if (do_second) b = load(second);
+      if (do_first) store(first, a);
+      if (do_second) store(second, b);
     }
   }
 }
 
 template <typename Layout, typename T = typename Layout::Element>
 __global__ void __launch_bounds__(kBlock) shift_kernel(Layout layout, ShiftAxis axis, const T* x, T* out) {
-  for_vectors(layout,
-              [&](const auto& place) { layout.store_at(out, place, layout.load_shifted(x, axis, place)); });
+  for_vectors(
+      layout, [&](const auto& place) { return layout.load_shifted(x, axis, place); },
+      [&](const auto& place, const auto& v) { layout.store_at(out, place, v); });
 }
 
 template <typename Layout, typename T = typename Layout::Element>
 __global__ void __launch_bounds__(kBlock)
     shift_pair_kernel(Layout layout, const T* x, T* along_width, T* along_height) {
-  for_vectors(layout, [&](const auto& place) {
-    const auto w = layout.load_shifted(x, ShiftAxis::kWidth, place);
-    const auto h = layout.load_shifted(x, ShiftAxis::kHeight, place);
-    layout.store_at(along_width, place, w);
-    layout.store_at(along_height, place, h);
-  });
+  struct Both {
+    typename Layout::Vector w, h;
+  };
+  for_vectors(
+      layout,
+      [&](const auto& place) {
+        return Both{layout.load_shifted(x, ShiftAxis::kWidth, place),
+                    layout.load_shifted(x, ShiftAxis::kHeight, place)};
+      },
+      [&](const auto& place, const auto& both) {
+        layout.store_at(along_width, place, both.w);
+        layout.store_at(along_height, place, both.h);
+      });
 }
 
 // Value: the type that the elements hold.
@@ -283,20 +303,23 @@ template <typename Value, typename Layout, typename T = typename Layout::Element
 __global__ void __launch_bounds__(kBlock) shift_sum_kernel(Layout layout, const T* a, const T* b, T* out) {
   using Acc = acc_t<Value>;
   const auto value = [](T bits) { return convert<Acc>(std::bit_cast<Value>(bits)); };
-  for_vectors(layout, [&](const auto& place) {
-    auto sum = layout.load_shifted(a, ShiftAxis::kWidth, place);
-    const auto other = layout.load_shifted(b, ShiftAxis::kHeight, place);
+  for_vectors(
+      layout,
+      [&](const auto& place) {
+        auto sum = layout.load_shifted(a, ShiftAxis::kWidth, place);
+        const auto other = layout.load_shifted(b, ShiftAxis::kHeight, place);
 #pragma unroll
-    for (int k = 0; k < Layout::kLanes; ++k) {
-      sum.lane[k] = std::bit_cast<T>(convert<Value>(value(sum.lane[k]) + value(other.lane[k])));
-    }
-    layout.store_at(out, place, sum);
-  });
+        for (int k = 0; k < Layout::kLanes; ++k) {
+          sum.lane[k] = std::bit_cast<T>(convert<Value>(value(sum.lane[k]) + value(other.lane[k])));
+        }
+        return sum;
+      },
+      [&](const auto& place, const auto& sum) { layout.store_at(out, place, sum); });
 }
 
 template <typename Layout>
 dim3 grid_of(const Layout& layout) {
-  const int64_t parts = (int64_t{layout.vectors} + kBlock - 1) / kBlock;
+  const int64_t parts = (int64_t{layout.vectors} + kPart - 1) / kPart;
   return dim3(static_cast<unsigned>(std::min<int64_t>(parts, 1 << 30)),
               static_cast<unsigned>(std::min<int64_t>(layout.runs, 65535)));
 }
