@@ -213,12 +213,9 @@ class AsMlp(nn.Module):
             raise ValueError(f"AsMlp: without pooling there is no classifier; got num_classes={num_classes}, not 0")
         self.num_classes, self.global_pool = num_classes, pool
         like = self.patch_embed.proj.weight
-        self.head = (
-            nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
-            if num_classes > 0
-            else nn.Identity()
-        )
-        _init_weights(self.head)
+        self.head = nn.Linear(self.num_features, num_classes, device=like.device) if num_classes > 0 else nn.Identity()
+        _init_weights(self.head)  # in float32: drawn in 16 bits, a truncated normal has outliers at its bounds
+        self.head.to(like.dtype)
 
     def get_classifier(self) -> nn.Module:
         return self.head

@@ -207,7 +207,8 @@ def _channels_innermost(x: Tensor) -> bool:
 
 
 def _is_autocasting(device: str) -> bool:
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    # Not by torch.amp.is_autocast_available, which torch 2.11 cannot compile.
+    return device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

@@ -121,7 +121,7 @@ def test_timms_fast_norm_makes_no_difference_beyond_rounding(memory_format, low,
     torch.testing.assert_close(y, plain, rtol=tolerance, atol=tolerance, check_dtype=False)
     exact = F.layer_norm(x.double().movedim(1, -1), (WIDTH,), layer.weight.double(), layer.bias.double(), layer.eps)
     ours, timms = ((each.double() - exact.movedim(-1, 1)).square().mean() for each in (y, plain))
-    assert not fast or ours <= 1.1 * timms
+    assert not fast or ours <= 4 * timms  # twice the rounding error
 
 
 @pytest.mark.parametrize("stride_of_weight", FORMATS)
