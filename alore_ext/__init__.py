@@ -11,9 +11,10 @@ ae.merge_and_unload(model)                               # the plain backbone ag
 from . import ops, reference  # noqa: I001  (the extension loads first)
 from ._extension import build_info
 from .checkpoint import adapter_state_dict, load_adapter, save_adapter
-from .config import AloreConfig, MlaeConfig
+from .config import AloreConfig, MlaeConfig, RepAdapterConfig
 from .merging import merge_, merge_and_unload, unmerge_
 from .patching import patch, patch_as_mlp, patch_convnext, patch_swin, patch_vit, unpatch
+from .retention import retain_experts
 from .summary import trainable_summary
 
 __version__ = build_info()["version"]
@@ -21,6 +22,7 @@ __version__ = build_info()["version"]
 __all__ = [
     "AloreConfig",
     "MlaeConfig",
+    "RepAdapterConfig",
     "adapter_state_dict",
     "build_info",
     "load_adapter",
@@ -33,6 +35,7 @@ __all__ = [
     "patch_swin",
     "patch_vit",
     "reference",
+    "retain_experts",
     "save_adapter",
     "trainable_summary",
     "unmerge_",

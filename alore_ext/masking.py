@@ -2,6 +2,7 @@
 
 The tables are those of the MLAE paper (Table 4 and A.5) for ViT-B's 12 blocks and 8 experts. A model of
 another depth reads them stretched: block i of `depth` takes entry `12 * i // depth`. All functions are pure.
+A config may list the blocks' values instead of naming a pattern: they are then taken as they are.
 """
 
 from __future__ import annotations
@@ -29,9 +30,14 @@ _EXPERT_QUARTERS = {
 
 
 def mask_probabilities(config: MlaeConfig, depth: int) -> tuple[float, ...]:
-    """The probability of masking an expert in a training step, for each of a model's `depth` blocks."""
+    """The probability of masking an expert in a training step, for each of a model's `depth` blocks.
+
+    Raises ValueError for a list of another length.
+    """
     if config.masking in ("fixed", "none"):
         return (0.0,) * depth
+    if config.masking == "stochastic" and not isinstance(config.pattern, str):
+        return _listed(config, depth)
     if config.masking == "mixed" or config.pattern == "uniform":
         return (config.dropout,) * depth
     return _stretch(_MASK_PROBABILITIES[config.pattern], depth)
@@ -41,12 +47,24 @@ def expert_counts(config: MlaeConfig, depth: int) -> tuple[int, ...]:
     """The number of experts of each of a model's `depth` blocks.
 
     Only pattern "random" draws: integers in 1..14 with mean 8 (for 8 experts), from torch's global generator.
+
+    Raises ValueError for a list of another length.
     """
     if config.masking in ("stochastic", "none"):
         return (config.num_experts,) * depth
+    if not isinstance(config.pattern, str):
+        return _listed(config, depth)
     if config.pattern == "random":
         return _random_counts(config.num_experts, depth)
     return tuple(config.num_experts * quarters // 4 for quarters in _stretch(_EXPERT_QUARTERS[config.pattern], depth))
+
+
+def _listed(config: MlaeConfig, depth: int) -> tuple:
+    if len(config.pattern) != depth:
+        raise ValueError(
+            f"MlaeConfig: pattern must have an entry for each of the model's {depth} blocks, got {len(config.pattern)}"
+        )
+    return config.pattern
 
 
 def _stretch(table: tuple, depth: int) -> tuple:

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from alore_ext.config import AloreConfig, MlaeConfig, config_from_json
+from alore_ext.config import AloreConfig, MlaeConfig, RepAdapterConfig, config_from_json
 
 GOOD = [
     AloreConfig(),
@@ -14,6 +14,12 @@ GOOD = [
     MlaeConfig(masking="fixed", pattern="hourglass"),
     MlaeConfig(masking="stochastic", pattern="incremental"),
     MlaeConfig(masking="none"),
+    MlaeConfig(num_experts=6, masking="fixed", pattern=(8, 8, 4)),
+    MlaeConfig(masking="mixed", pattern=[1, 2]),
+    MlaeConfig(masking="stochastic", pattern=(0.5, 0, 0.25)),
+    AloreConfig(structure="stacked_nonlinear"),
+    RepAdapterConfig(),
+    RepAdapterConfig(6, 3, 0.1, 0.1, ("before_attn",), (1,)),
 ]
 
 
@@ -60,6 +66,20 @@ BAD = [
     (AloreConfig, dict(layers=(1.5,)), TypeError, "layers"),
     (AloreConfig, dict(layers="01"), TypeError, "layers"),
     (AloreConfig, dict(share_scale=1), TypeError, "share_scale"),
+    (AloreConfig, dict(structure="stacked"), ValueError, "structure must be one of .* got 'stacked'"),
+    (AloreConfig, dict(structure=None), TypeError, "structure"),
+    (RepAdapterConfig, dict(rank=8, groups=3), ValueError, "groups must be a divisor of rank, 8, got 3"),
+    (RepAdapterConfig, dict(scale=0), ValueError, "scale"),
+    (RepAdapterConfig, dict(scale=float("inf")), ValueError, "scale"),
+    (MlaeConfig, dict(masking="fixed", pattern=(8, 0)), ValueError, "an int >= 1 for each block"),
+    (MlaeConfig, dict(masking="fixed", pattern=(8, 2.0)), TypeError, "pattern"),
+    (MlaeConfig, dict(masking="mixed", pattern=(True,)), TypeError, "pattern"),
+    (MlaeConfig, dict(masking="fixed", pattern=()), ValueError, "pattern"),
+    (MlaeConfig, dict(pattern=(0.5, 1.0)), ValueError, r"a probability in \[0, 1\)"),
+    (MlaeConfig, dict(pattern=(float("nan"),)), ValueError, "pattern"),
+    (MlaeConfig, dict(pattern=("0.5",)), TypeError, "pattern"),
+    (MlaeConfig, dict(pattern=3), TypeError, "pattern"),
+    (MlaeConfig, dict(masking="none", pattern=(1, 2)), TypeError, "pattern"),
     (MlaeConfig, dict(num_experts=0), ValueError, "num_experts"),
     (MlaeConfig, dict(expert_rank=0), ValueError, "expert_rank"),
     (MlaeConfig, dict(dropout=1), ValueError, "dropout"),

@@ -1,8 +1,10 @@
 """The masking tables of the MLAE paper."""
 
+import backbones
 import pytest
 import torch
 
+import alore_ext as ae
 from alore_ext.config import MlaeConfig
 from alore_ext.masking import expert_counts, mask_probabilities
 
@@ -61,3 +63,28 @@ def test_other_depths_read_the_table_stretched(depth):
     assert len(counts) == depth and list(counts) == sorted(counts)
     if depth % 4 == 0:
         assert sum(counts) == 8 * depth
+
+
+def test_lists_are_taken_as_they_are():
+    fixed = MlaeConfig(num_experts=3, masking="fixed", pattern=[5, 1, 2])
+    assert expert_counts(fixed, 3) == (5, 1, 2) and mask_probabilities(fixed, 3) == (0.0,) * 3
+    mixed = MlaeConfig(masking="mixed", pattern=(5, 1, 2), dropout=0.25)
+    assert expert_counts(mixed, 3) == (5, 1, 2) and mask_probabilities(mixed, 3) == (0.25,) * 3
+    stochastic = MlaeConfig(num_experts=3, pattern=[0, 0.5, 0.25])
+    assert expert_counts(stochastic, 3) == (3,) * 3 and mask_probabilities(stochastic, 3) == (0.0, 0.5, 0.25)
+
+
+@pytest.mark.parametrize("fields", [dict(masking="fixed", pattern=[5, 1]), dict(pattern=[0.5, 0.1])], ids=str)
+def test_a_list_must_have_an_entry_a_block(fields):
+    model = backbones.build("vit")
+    before = backbones.snapshot(model)
+    with pytest.raises(ValueError, match="pattern must have an entry for each of the model's 3 blocks, got 2"):
+        ae.patch(model, MlaeConfig(**fields))
+    backbones.assert_unchanged(model, before)
+
+
+def test_a_list_survives_the_adapter_file(tmp_path):
+    model = ae.patch(backbones.build("vit"), MlaeConfig(masking="fixed", pattern=[3, 1, 2], layers=(0, 2)))
+    path = ae.save_adapter(model, tmp_path / "adapter.safetensors")
+    loaded = ae.load_adapter(ae.unpatch(model), path)
+    assert loaded.blocks[0].attn.qkv.coeff.numel() == 3 and loaded.blocks[2].attn.qkv.coeff.numel() == 2

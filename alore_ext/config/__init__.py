@@ -8,25 +8,28 @@ from __future__ import annotations
 
 from typing import Any
 
-from .alore import AloreConfig
+from .alore import STRUCTURES, AloreConfig
 from .base import LOCATIONS, TARGETS, MethodConfig, parse_json
 from .mlae import FIXED_PATTERNS, MASKINGS, STOCHASTIC_PATTERNS, MlaeConfig
+from .rep_adapter import RepAdapterConfig
 
 __all__ = [
     "FIXED_PATTERNS",
     "LOCATIONS",
     "MASKINGS",
     "STOCHASTIC_PATTERNS",
+    "STRUCTURES",
     "TARGETS",
     "AloreConfig",
     "Config",
     "MlaeConfig",
+    "RepAdapterConfig",
     "config_from_dict",
     "config_from_json",
 ]
 
 Config = MethodConfig
-_CLASSES = {cls.method: cls for cls in (AloreConfig, MlaeConfig)}
+_CLASSES = {cls.method: cls for cls in (AloreConfig, MlaeConfig, RepAdapterConfig)}
 
 
 def config_from_dict(fields: dict[str, Any]) -> Config:

@@ -4,6 +4,7 @@
 """
 
 from .adapter import Adapter, attach, detach
+from .affine import AffineBehind, AffineInput
 from .alore import AloreInput, AloreLayerNorm, AloreLinear, AloreNorm
 from .attention import CalledWindowAttention
 from .channels import AloreChannelsNorm, AloreConv, AloreLayerNorm2d, MlaeConv
@@ -12,6 +13,8 @@ from .multihead import CalledMultiheadAttention, MlaeMultiheadAttention, check_m
 
 __all__ = [
     "Adapter",
+    "AffineBehind",
+    "AffineInput",
     "AloreChannelsNorm",
     "AloreConv",
     "AloreInput",

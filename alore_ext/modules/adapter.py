@@ -23,6 +23,8 @@ class Adapter(nn.Module):
 
     adapter_parameters: ClassVar[tuple[str, ...]] = ()
     adapter_attributes: ClassVar[tuple[str, ...]] = ()
+    # The experts that run, where not all do (see `alore_ext.retain_experts`).
+    _kept_experts: tuple[int, ...] | None = None
     # Set on the classes that `adapted_class` makes: the pair that names such a class to pickle.
     adapter_bases: ClassVar[tuple[type[Adapter], type[nn.Module]]]
 

@@ -12,16 +12,22 @@ from torch import Tensor, nn
 from alore_ext import ops
 
 from .adapter import Adapter
+from .experts import keep_experts
 
 
 class AloreAdapter(Adapter):
     """What every layer with an ALoRE module shares."""
 
     adapter_parameters = ("down", "up", "scale")
-    adapter_attributes = ("_alore_root", "_alore_dropout")
+    adapter_attributes = ("_alore_root", "_alore_dropout", "_kept_experts")
 
     _alore_root: nn.Module | None  # where alore_scale is registered; None where the layer has its own scale
     _alore_dropout: float
+
+    def _factors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """scale, down and up of the experts that run."""
+        kept = self._kept_experts
+        return keep_experts(self._scale(), kept), keep_experts(self.down, kept), keep_experts(self.up, kept)
 
     def _scale(self) -> Tensor:
         # Through the module and not a kept reference to the parameter: load_state_dict(assign=True),
@@ -30,7 +36,7 @@ class AloreAdapter(Adapter):
         return self.scale if root is None else root.alore_scale
 
     def _alore(self, x: Tensor) -> Tensor:
-        return ops.alore(x, self._scale(), self.down, self.up, self._alore_dropout, self.training)
+        return ops.alore(x, *self._factors(), self._alore_dropout, self.training)
 
     def extra_repr(self) -> str:
         num_experts, _, rank = self.down.shape
@@ -49,9 +55,7 @@ class AloreLayerNorm(AloreAdapter):
             self.weight,
             self.bias,
             self.eps,
-            self._scale(),
-            self.down,
-            self.up,
+            *self._factors(),
             self._alore_dropout,
             self.training,
         )

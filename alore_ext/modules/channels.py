@@ -30,9 +30,7 @@ class AloreLayerNorm2d(AloreAdapter):
             self.weight,
             self.bias,
             self.eps,
-            self._scale(),
-            self.down,
-            self.up,
+            *self._factors(),
             self._alore_dropout,
             self.training,
         )
@@ -42,7 +40,7 @@ class _AloreBehind(AloreAdapter):
     def forward(self, x: Tensor) -> Tensor:
         """alore(layer(x)) along axis 1 of the layer's output, in that output's memory format."""
         y = super().forward(x)
-        return ops.alore_channels(y, self._scale(), self.down, self.up, self._alore_dropout, self.training)
+        return ops.alore_channels(y, *self._factors(), self._alore_dropout, self.training)
 
 
 class AloreChannelsNorm(_AloreBehind):
@@ -70,9 +68,7 @@ class MlaeConv(MlaeAdapter):
                 "MlaeConv: the convolution must have kernel_size 1, stride 1, padding 0 and groups 1, got "
                 f"kernel_size {self.kernel_size}, stride {self.stride}, padding {self.padding}, groups {self.groups}"
             )
-        return ops.mlae_channels(
-            x, self.weight, self.bias, self.lora_a, self.lora_b, self.coeff, self._mlae_mask_p, self.training
-        )
+        return ops.mlae_channels(x, self.weight, self.bias, *self._factors(), self._mlae_mask_p, self.training)
 
 
 def _is_pointwise(conv: nn.Conv2d) -> bool:

@@ -16,16 +16,21 @@ from torch import Tensor, nn
 from alore_ext import ops
 
 from .adapter import Adapter
+from .experts import keep_lora_experts
 
 
 class MlaeAdapter(Adapter):
     """What a linear and a convolution with masked experts share."""
 
     adapter_parameters = ("lora_a", "lora_b", "coeff")
-    adapter_attributes = ("_mlae_mask_p", "_mlae_expert_rank")
+    adapter_attributes = ("_mlae_mask_p", "_mlae_expert_rank", "_kept_experts")
 
     _mlae_mask_p: float
     _mlae_expert_rank: int
+
+    def _factors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """lora_a, lora_b and coeff of the experts that run."""
+        return keep_lora_experts(self.lora_a, self.lora_b, self.coeff, self._kept_experts, self._mlae_expert_rank)
 
     def extra_repr(self) -> str:
         experts = f"mlae: experts={self.coeff.numel()}, expert_rank={self._mlae_expert_rank}"
@@ -50,9 +55,7 @@ class MlaeLinear(MlaeAdapter):
         """x: [..., in_features] -> [..., out_features]."""
         owner = self._mlae_bias_owner
         bias = self.bias if owner is None else owner.joint_bias()
-        return ops.mlae_linear(
-            x, self.weight, bias, self.lora_a, self.lora_b, self.coeff, self._mlae_mask_p, self.training
-        )
+        return ops.mlae_linear(x, self.weight, bias, *self._factors(), self._mlae_mask_p, self.training)
 
 
 class FusedBiasAttention(Adapter):

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from alore_ext import ops
 
 from .adapter import Adapter
+from .experts import keep_lora_experts
 
 
 def check_multihead_attention(module: nn.Module) -> str | None:
@@ -104,31 +105,32 @@ class MlaeMultiheadAttention(CalledMultiheadAttention):
     """
 
     adapter_parameters = ("lora_a", "lora_b", "coeff")
-    adapter_attributes = ("_mlae_mask_p", "_mlae_expert_rank")
+    adapter_attributes = ("_mlae_mask_p", "_mlae_expert_rank", "_kept_experts")
 
     _mlae_mask_p: float
     _mlae_expert_rank: int
+
+    def _factors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """lora_a, lora_b and coeff of the experts that run."""
+        return keep_lora_experts(self.lora_a, self.lora_b, self.coeff, self._kept_experts, self._mlae_expert_rank)
 
     def in_projection(self, x: Tensor) -> Tensor:
         return ops.mlae_linear(
             x,
             self.in_proj_weight,
             self.in_proj_bias,
-            self.lora_a,
-            self.lora_b,
-            self.coeff,
+            *self._factors(),
             self._mlae_mask_p,
             self.training,
         )
 
     def cross_projections(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         # Three products but one draw, which is therefore made here and not inside each of them.
-        coeff = F.dropout(self.coeff, self._mlae_mask_p, self.training).repeat_interleave(self._mlae_expert_rank)
+        lora_a, lora_b, coeff = self._factors()
+        coeff = F.dropout(coeff, self._mlae_mask_p, self.training).repeat_interleave(self._mlae_expert_rank)
         biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
-        thirds = zip((query, key, value), self.in_proj_weight.chunk(3), biases, self.lora_b.chunk(3), strict=True)
-        return tuple(
-            ops.masked_lora_linear(x, weight, bias, self.lora_a, lora_b, coeff) for x, weight, bias, lora_b in thirds
-        )
+        thirds = zip((query, key, value), self.in_proj_weight.chunk(3), biases, lora_b.chunk(3), strict=True)
+        return tuple(ops.masked_lora_linear(x, weight, bias, lora_a, rows, coeff) for x, weight, bias, rows in thirds)
 
     def extra_repr(self) -> str:
         experts = f"mlae: experts={self.coeff.numel()}, expert_rank={self._mlae_expert_rank}"

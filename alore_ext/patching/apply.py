@@ -13,6 +13,7 @@ from .attaching import attach_all, check_attached, detach_all, undo_on_error
 from .merged import restore_base_
 from .plan import PatchPlan, make_plan, parameter_dtype
 from .records import SHARED_SCALE, init_scale_
+from .retained import retain_
 from .state import PatchState, clear_state, find_patched, get_state, require_state, set_state
 
 
@@ -84,7 +85,7 @@ def patch(model: nn.Module, config: Config | Iterable[Config], head: str | Itera
 
     Args:
         model: a backbone of a known family, or a module that contains one.
-        config: an `AloreConfig`, a `MlaeConfig`, or a list of them that touch different layers.
+        config: an `AloreConfig`, a `MlaeConfig`, a `RepAdapterConfig`, or a list of them that touch different layers.
         head: name or names of the classifier's modules; None asks the model's `get_classifier`.
 
     Returns:
@@ -152,6 +153,7 @@ def unpatch(model: nn.Module) -> nn.Module:
     if state.merged is not None:
         restore_base_(model, state, "unpatch")
     check_attached(model, state, "unpatch")
+    retain_(model, state, None)
     detach_all(model, state)
     clear_state(model)
     restore_requires_grad(model, state)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from alore_ext import ops
+from alore_ext.modules.affine import AffineMaps
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +42,43 @@ class LoraMerge:
         return [self.weight]
 
 
-Merge = KronMerge | LoraMerge
+@dataclass(frozen=True, eq=False)
+class AffineMerge:
+    """Folds `x -> x + x D + b` with `D = down^T up` and `b = down_bias up + up_bias` into a linear.
+
+    before:  weight <- weight (I + D)^T, bias <- bias + weight b
+    after:   weight <- (I + D)^T weight, bias <- bias (I + D) + b
+    """
+
+    weight: Tensor
+    bias: Tensor
+    maps: AffineMaps
+    side: str
+
+    def written(self) -> list[Tensor]:
+        """The tensors that the merge changes."""
+        return [self.weight, self.bias]
+
+    def of_weight(self) -> KronMerge:
+        """The merge of the weight alone: D is a Kronecker product with one expert in one block."""
+        down, up = self.maps.down.mT[None].contiguous(), self.maps.up[None].contiguous()
+        return KronMerge(self.weight, None, down.new_ones(1, 1, 1), down, up, self.side)
+
+    def merge_bias_(self) -> None:
+        """The merge of the bias, from the weight as it was: in float32 or wider, rounded once."""
+        exact = torch.promote_types(torch.promote_types(self.weight.dtype, self.maps.up.dtype), torch.float32)
+        down, down_bias, up, up_bias = (factor.to(exact) for factor in self.maps)
+        bias = self.bias.to(exact)
+        with torch.autocast(bias.device.type, enabled=False):
+            offset = up_bias + down_bias @ up
+            if self.side == "before":
+                bias = bias + self.weight.to(exact) @ offset
+            else:
+                bias = bias + (down @ bias) @ up + offset
+        self.bias.copy_(bias)
+
+
+Merge = KronMerge | LoraMerge | AffineMerge
 
 
 def run_merges_(merges: Iterable[Merge]) -> None:
@@ -50,6 +88,9 @@ def run_merges_(merges: Iterable[Merge]) -> None:
             here = [merge for merge in group if merge.weight.device == device]
             kron = [merge for merge in here if isinstance(merge, KronMerge)]
             lora = [merge for merge in here if isinstance(merge, LoraMerge)]
+            for merge in (affine := [merge for merge in here if isinstance(merge, AffineMerge)]):
+                merge.merge_bias_()
+            kron += [merge.of_weight() for merge in affine]
             ops.merge_kron_grouped_(*_columns(kron, ("weight", "bias", "scale", "down", "up", "side")))
             ops.merge_lora_grouped_(*_columns(lora, ("weight", "lora_a", "lora_b", "coeff")))
 

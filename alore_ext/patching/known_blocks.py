@@ -41,6 +41,7 @@ class Branch:
         host_of_takes, host_of_gives: give the class under which the host calls them, or None where it calls them as
             it is.
         takes_adapter: the class that the owner of `takes` becomes for MLAE, where they are no module of their own.
+        bias_refused: why a bias of `takes` does not always reach the result; None where it does.
     """
 
     takes: tuple[str | LinearMap, ...]
@@ -51,6 +52,7 @@ class Branch:
     host_of_takes: FindHost = lambda host: None
     host_of_gives: FindHost = lambda host: None
     takes_adapter: type[Adapter] | None = None
+    bias_refused: str | None = None
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,8 @@ class _Placement:
     def _before(self, module: str, end: str, host: Host | None, behind_padding: AloreSite | None) -> AloreSite:
         width = self._relative(self.branch.takes[0]).in_features(self.block)
         linears = tuple(map(self._map, self.branch.takes))
-        return AloreSite(self._full(module), "before", linears, width, end, self.axis, host, behind_padding)
+        refused = self.branch.bias_refused
+        return AloreSite(self._full(module), "before", linears, width, end, self.axis, host, behind_padding, refused)
 
     def after(self) -> AloreSite:
         linear = self._map(self.branch.gives)

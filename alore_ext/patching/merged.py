@@ -10,12 +10,15 @@ from torch import nn
 
 from .attaching import attach_all
 from .plan import parameter_dtype
-from .state import PatchState
+from .state import PatchState, require_state
 
 
 def refuse_training(model: nn.Module) -> None:
-    """Make `model.train()` raise while the model is merged; `eval()` and `train(False)` still work."""
-    model.__dict__["train"] = functools.partial(_train_while_merged, model)
+    """Make `model.train()` raise while the model is merged or retains a part of its experts.
+
+    `eval()` and `train(False)` still work.
+    """
+    model.__dict__["train"] = functools.partial(_train_unless_refused, model)
 
 
 def allow_training(model: nn.Module) -> None:
@@ -29,10 +32,15 @@ def restore_training(model: nn.Module, flags: Mapping[str, bool]) -> None:
         module.training = flags.get(name, module.training)
 
 
-def _train_while_merged(model: nn.Module, mode: bool = True) -> nn.Module:
+def _train_unless_refused(model: nn.Module, mode: bool = True) -> nn.Module:
     if mode:
-        name = type(model).__name__
-        raise ValueError(f"train: {name} is merged, so its adapters would not train; call unmerge_ first")
+        name, state = type(model).__name__, require_state(model, "train")
+        if state.merged is not None:
+            raise ValueError(f"train: {name} is merged, so its adapters would not train; call unmerge_ first")
+        raise ValueError(
+            f"train: {name} retains experts {list(state.kept)}, so the others would not train; "
+            "call retain_experts(model, keep=None) first"
+        )
     return type(model).train(model, mode)
 
 
@@ -60,7 +68,8 @@ def restore_base_(model: nn.Module, state: PatchState, caller: str) -> None:
         for name, weight in merged.weights.items():
             parameters[name].copy_(weight)
     attach_all(model, state.records, merged.adapters)
-    allow_training(model)
+    if state.kept is None:
+        allow_training(model)
     restore_training(model, merged.training)
     state.merged = None
 

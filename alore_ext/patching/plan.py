@@ -114,7 +114,7 @@ def _describe(record: AdapterRecord) -> str:
 
 
 def _check_shared_scale(configs: Sequence[Config]) -> None:
-    experts = {config.num_experts for config in configs if isinstance(config, AloreConfig) and config.share_scale}
+    experts = {config.num_experts for config in configs if isinstance(config, AloreConfig) and config.has_shared_scale}
     if len(experts) > 1:
         raise ValueError(
             f"patch: a model has one set of shared scale matrices, but the configs ask for num_experts "

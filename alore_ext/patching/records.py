@@ -6,7 +6,7 @@ Each method has a record of its own (see `methods`).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -34,6 +34,7 @@ class AdapterRecord:
         linears: the maps that take the merge.
         adapter: what the layer becomes.
         host: what must change around the layer for it to be called at all.
+        kept: the experts that run and are merged, ascending; None where all do (see `alore_ext.retain_experts`).
     """
 
     config: int
@@ -43,6 +44,7 @@ class AdapterRecord:
     linears: tuple[LinearMap, ...]
     adapter: type[Adapter]
     host: Host | None
+    kept: tuple[int, ...] | None = field(default=None, kw_only=True)
 
     method: ClassVar[str]
     shares_scale: ClassVar[bool] = False
@@ -70,6 +72,14 @@ class AdapterRecord:
             return isinstance(model.get_submodule(self.module), Adapter)
         except AttributeError:
             return False
+
+    def expert_count(self) -> int | None:
+        """How many experts the adapter has; None for a method without experts."""
+        return None
+
+    def merge_refusal(self) -> str | None:
+        """Why no weight can take the adapter; None where the merge is exact."""
+        return None
 
     def merged_tensors(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The backbone's parameters that `merge_` changes, by full name."""

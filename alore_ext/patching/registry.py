@@ -43,6 +43,8 @@ class AloreSite:
         host: what must change for the module to be called at all.
         behind_padding: the site at which the value stands once zeros have been padded in; None where none are. An
             adapter with a bias must act there: the merged bias reaches the padding too.
+        bias_refused: why a bias of the linears' own does not always reach the result, so that no adapter with a bias
+            can be merged; None where it does.
     """
 
     module: str
@@ -53,6 +55,7 @@ class AloreSite:
     channel_axis: int = -1
     host: Host | None = None
     behind_padding: AloreSite | None = None
+    bias_refused: str | None = None
 
 
 @dataclass(frozen=True)

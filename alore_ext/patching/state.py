@@ -38,6 +38,9 @@ class PatchState:
     head_names: tuple[str, ...]
     requires_grad: dict[str, bool] = field(default_factory=dict)
     merged: MergedState | None = None
+    # The experts kept by `retain_experts`, and the training flags from before; None where all run.
+    kept: tuple[int, ...] | None = None
+    training_before_kept: dict[str, bool] | None = None
 
     def adapter_names(self) -> list[str]:
         """Full names of all adapter parameters, the shared scale first."""

@@ -75,6 +75,7 @@ _KNOWN = (
             host="attn",
             host_of_takes=_calls_no_linear,
             host_of_gives=_calls_no_linear,
+            bias_refused="its forward sets the keys' third of that bias to 0",
         ),
         ffn=Branch(inlet="mlp.0", takes=("mlp.0",), gives="mlp.3"),
     ),

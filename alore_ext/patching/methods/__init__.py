@@ -10,13 +10,18 @@ from collections.abc import Callable
 
 from torch import nn
 
-from alore_ext.config import AloreConfig, Config, MlaeConfig
+from alore_ext.config import AloreConfig, Config, MlaeConfig, RepAdapterConfig
 
 from ..records import AdapterRecord
 from ..registry import Structure
+from .affine import rep_adapter_records
 from .alore import alore_records
 from .mlae import mlae_records
 
 MakeRecords = Callable[[nn.Module, Structure, Config, int], list[AdapterRecord]]
 
-METHODS: dict[type[Config], MakeRecords] = {AloreConfig: alore_records, MlaeConfig: mlae_records}
+METHODS: dict[type[Config], MakeRecords] = {
+    AloreConfig: alore_records,
+    MlaeConfig: mlae_records,
+    RepAdapterConfig: rep_adapter_records,
+}

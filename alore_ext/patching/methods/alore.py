@@ -21,11 +21,13 @@ from alore_ext.modules import (
     attach,
 )
 from alore_ext.modules.adapter import Adapter
+from alore_ext.modules.experts import keep_experts
 
 from ..grouping import KronMerge, Merge
 from ..records import SHARED_SCALE, AdapterRecord, init_scale_
-from ..registry import AloreSite, Structure, get_family
-from .sites import selected_blocks, site_at
+from ..registry import AloreSite, Structure
+from .affine import stacked_record
+from .sites import located_sites
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,12 @@ class AloreRecord(AdapterRecord):
         attributes: dict[str, Any] = {
             "_alore_root": model if self.share_scale else None,
             "_alore_dropout": self.dropout,
+            "_kept_experts": self.kept,
         }
         attach(model.get_submodule(self.module), self.adapter, parameters, attributes)
+
+    def expert_count(self) -> int:
+        return self.num_experts
 
     def merged_tensors(self, model: nn.Module) -> dict[str, nn.Parameter]:
         tensors = super().merged_tensors(model)
@@ -74,22 +80,21 @@ class AloreRecord(AdapterRecord):
         return tensors
 
     def merges(self, model: nn.Module, parameters: Mapping[str, Tensor]) -> list[Merge]:
-        scale = parameters[SHARED_SCALE if self.share_scale else "scale"]
+        names = (SHARED_SCALE if self.share_scale else "scale", "down", "up")
+        scale, down, up = (keep_experts(parameters[name], self.kept) for name in names)
         merges: list[Merge] = []
         for linear in self.linears:
             bias = linear.bias_of(model) if self.side == "after" else None
             weight = linear.matrix_of(model)
-            merges.append(KronMerge(weight, bias, scale, parameters["down"], parameters["up"], self.side))
+            merges.append(KronMerge(weight, bias, scale, down, up, self.side))
         return merges
 
 
 def alore_records(model: nn.Module, structure: Structure, config: AloreConfig, index: int) -> list[AdapterRecord]:
     """One record for each block and location. `index` is the config's among the patch's configs."""
-    locations = config.locations or get_family(structure.family).default_locations
+    make = _record if config.structure == "kronecker" else stacked_record
     return [
-        _record(model, config, index, block, location, site_at(sites, sites.alore, location))
-        for block, sites in selected_blocks(structure, config)
-        for location in locations
+        make(model, config, index, block, location, site) for block, location, site in located_sites(structure, config)
     ]
 
 

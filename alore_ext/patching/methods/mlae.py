@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from alore_ext.config import MlaeConfig
 from alore_ext.masking import expert_counts, mask_probabilities
 from alore_ext.modules import FusedBiasAttention, MlaeConv, MlaeLinear, attach
+from alore_ext.modules.experts import keep_lora_experts
 
 from ..grouping import LoraMerge, Merge
 from ..records import AdapterRecord
@@ -51,17 +52,22 @@ class MlaeRecord(AdapterRecord):
         attributes: dict[str, Any] = {
             "_mlae_mask_p": self.mask_p,
             "_mlae_expert_rank": self.expert_rank,
+            "_kept_experts": self.kept,
             "_mlae_bias_owner": model.get_submodule(self.host.module) if joint else None,
         }
         attributes = {name: attributes[name] for name in self.adapter.adapter_attributes}
         attach(model.get_submodule(self.module), self.adapter, parameters, attributes)
 
+    def expert_count(self) -> int:
+        return self.num_experts
+
     def merges(self, model: nn.Module, parameters: Mapping[str, Tensor]) -> list[Merge]:
-        coeff = parameters["coeff"]
+        factors = (parameters["lora_a"], parameters["lora_b"], parameters["coeff"])
+        lora_a, lora_b, coeff = keep_lora_experts(*factors, self.kept, self.expert_rank)
         if self.expert_rank > 1:
             coeff = coeff.repeat_interleave(self.expert_rank)
         weight = self.linears[0].matrix_of(model)
-        return [LoraMerge(weight, parameters["lora_a"], parameters["lora_b"], coeff)]
+        return [LoraMerge(weight, lora_a, lora_b, coeff)]
 
 
 def mlae_records(model: nn.Module, structure: Structure, config: MlaeConfig, index: int) -> list[AdapterRecord]:
