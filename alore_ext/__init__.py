@@ -11,7 +11,7 @@ ae.merge_and_unload(model)                               # the plain backbone ag
 from . import ops, reference  # noqa: I001  (the extension loads first)
 from ._extension import build_info
 from .checkpoint import adapter_state_dict, load_adapter, save_adapter
-from .config import AloreConfig, MlaeConfig
+from .config import AloreConfig, BitFitConfig, LoraConfig, MlaeConfig, SsfConfig
 from .merging import merge_, merge_and_unload, unmerge_
 from .patching import patch, patch_as_mlp, patch_convnext, patch_swin, patch_vit, unpatch
 from .summary import trainable_summary
@@ -20,7 +20,10 @@ __version__ = build_info()["version"]
 
 __all__ = [
     "AloreConfig",
+    "BitFitConfig",
+    "LoraConfig",
     "MlaeConfig",
+    "SsfConfig",
     "adapter_state_dict",
     "build_info",
     "load_adapter",

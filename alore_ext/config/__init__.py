@@ -10,7 +10,10 @@ from typing import Any
 
 from .alore import AloreConfig
 from .base import LOCATIONS, TARGETS, MethodConfig, parse_json
+from .bitfit import BitFitConfig
+from .lora import LoraConfig
 from .mlae import FIXED_PATTERNS, MASKINGS, STOCHASTIC_PATTERNS, MlaeConfig
+from .ssf import SsfConfig
 
 __all__ = [
     "FIXED_PATTERNS",
@@ -19,14 +22,17 @@ __all__ = [
     "STOCHASTIC_PATTERNS",
     "TARGETS",
     "AloreConfig",
+    "BitFitConfig",
     "Config",
+    "LoraConfig",
     "MlaeConfig",
+    "SsfConfig",
     "config_from_dict",
     "config_from_json",
 ]
 
 Config = MethodConfig
-_CLASSES = {cls.method: cls for cls in (AloreConfig, MlaeConfig)}
+_CLASSES = {cls.method: cls for cls in (AloreConfig, MlaeConfig, LoraConfig, SsfConfig, BitFitConfig)}
 
 
 def config_from_dict(fields: dict[str, Any]) -> Config:

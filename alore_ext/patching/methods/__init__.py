@@ -10,13 +10,22 @@ from collections.abc import Callable
 
 from torch import nn
 
-from alore_ext.config import AloreConfig, Config, MlaeConfig
+from alore_ext.config import AloreConfig, BitFitConfig, Config, LoraConfig, MlaeConfig, SsfConfig
 
 from ..records import AdapterRecord
 from ..registry import Structure
 from .alore import alore_records
+from .bitfit import bitfit_records
+from .lora import lora_records
 from .mlae import mlae_records
+from .ssf import ssf_records
 
 MakeRecords = Callable[[nn.Module, Structure, Config, int], list[AdapterRecord]]
 
-METHODS: dict[type[Config], MakeRecords] = {AloreConfig: alore_records, MlaeConfig: mlae_records}
+METHODS: dict[type[Config], MakeRecords] = {
+    AloreConfig: alore_records,
+    MlaeConfig: mlae_records,
+    LoraConfig: lora_records,
+    SsfConfig: ssf_records,
+    BitFitConfig: bitfit_records,
+}
