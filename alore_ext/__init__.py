@@ -13,6 +13,7 @@ from ._extension import build_info
 from .checkpoint import adapter_state_dict, load_adapter, save_adapter
 from .config import AloreConfig, BitFitConfig, LoraConfig, MlaeConfig, SsfConfig
 from .merging import merge_, merge_and_unload, unmerge_
+from .peft_files import export_peft, load_peft
 from .patching import patch, patch_as_mlp, patch_convnext, patch_swin, patch_vit, unpatch
 from .summary import trainable_summary
 
@@ -26,7 +27,9 @@ __all__ = [
     "SsfConfig",
     "adapter_state_dict",
     "build_info",
+    "export_peft",
     "load_adapter",
+    "load_peft",
     "merge_",
     "merge_and_unload",
     "ops",
