@@ -272,9 +272,13 @@ def _configs(
     """One config for each rank and alpha."""
     sites = linear_sites(structure)
     layers: dict[tuple[int, float], list[str]] = {}
-    for module in dict.fromkeys(name.rpartition(".")[0] for name in factors):
-        if module not in sites:
-            raise file.error(f"adapts {module}, which is none of the linears that this library can adapt")
+    modules = list(dict.fromkeys(name.rpartition(".")[0] for name in factors))
+    if unknown := [module for module in modules if module not in sites]:
+        raise file.error(
+            f"adapts {', '.join(unknown[:3])}{', ...' if len(unknown) > 3 else ''}, which this library cannot adapt in "
+            f"this model: it adapts the linears of the blocks ({next(iter(sites), 'none')}, ...)"
+        )
+    for module in modules:
         _, _, site = sites[module]
         if site.host is not None or site.adapter is not None:
             raise file.error(

@@ -40,7 +40,7 @@ def logits(model, x):
 
 @torch.no_grad()
 def train_(model):
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.add_(torch.randn_like(parameter) * 0.1)
     return model.eval()
@@ -171,7 +171,11 @@ def test_configs_that_are_refused(changes, text, tmp_path):
 @pytest.mark.parametrize(
     ("old", "new", "text"),
     [
-        ("blocks.0.attn.qkv.lora_A.weight", "patch_embed.proj.lora_A.weight", "adapts patch_embed.proj, which is none"),
+        (
+            "blocks.0.attn.qkv.lora_A.weight",
+            "patch_embed.proj.lora_A.weight",
+            "adapts patch_embed.proj, which this library cannot adapt",
+        ),
         ("blocks.0.attn.qkv.lora_B.weight", None, "misses blocks.0.attn.qkv.lora_b"),
         ("blocks.0.attn.qkv.lora_A.weight", None, "misses lora_A of blocks.0.attn.qkv"),
         (
