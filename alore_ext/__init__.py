@@ -11,8 +11,9 @@ ae.merge_and_unload(model)                               # the plain backbone ag
 from . import ops, reference  # noqa: I001  (the extension loads first)
 from ._extension import build_info
 from .checkpoint import adapter_state_dict, load_adapter, save_adapter
-from .config import AloreConfig, MlaeConfig, RepAdapterConfig
+from .config import AloreConfig, BitFitConfig, LoraConfig, MlaeConfig, RepAdapterConfig, SsfConfig
 from .merging import merge_, merge_and_unload, unmerge_
+from .peft_files import export_peft, load_peft
 from .patching import patch, patch_as_mlp, patch_convnext, patch_swin, patch_vit, unpatch
 from .retention import retain_experts
 from .summary import trainable_summary
@@ -21,11 +22,16 @@ __version__ = build_info()["version"]
 
 __all__ = [
     "AloreConfig",
+    "BitFitConfig",
+    "LoraConfig",
     "MlaeConfig",
     "RepAdapterConfig",
+    "SsfConfig",
     "adapter_state_dict",
     "build_info",
+    "export_peft",
     "load_adapter",
+    "load_peft",
     "merge_",
     "merge_and_unload",
     "ops",

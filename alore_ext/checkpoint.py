@@ -125,6 +125,7 @@ class AdapterFile:
     head_names: tuple[str, ...]
     base: Fingerprint
     tensors: dict[str, Tensor]
+    caller: str = "load_adapter"
 
     def head_tensors(self) -> dict[str, Tensor]:
         """The tensors of the classifier."""
@@ -132,7 +133,7 @@ class AdapterFile:
 
     def error(self, text: str) -> ValueError:
         """A ValueError that names the file."""
-        return ValueError(f"load_adapter: {self.path}: {text}")
+        return ValueError(f"{self.caller}: {self.path}: {text}")
 
 
 def read_adapter(path: str | os.PathLike) -> AdapterFile:
@@ -185,11 +186,11 @@ def _load_on_plain(model: nn.Module, file: AdapterFile) -> None:
     plan = plan.with_expert_counts({n: t.numel() for n, t in file.tensors.items() if n.endswith(".coeff")})
     _check_base(model, PatchState(plan.family, plan.configs, plan.records, plan.head_names), file)
     parameters = empty_parameters(model, plan)
-    values = _checked_values(parameters, file)
+    values = checked_values(parameters, file)
     with undo_on_error() as on_error:
-        _restore_head(model, file, on_error)
+        restore_head(model, file, on_error)
         for name, parameter in parameters.items():
-            _copy_(parameter, values[name])
+            copy_(parameter, values[name])
         apply_plan(model, plan, parameters)
 
 
@@ -202,13 +203,13 @@ def _load_on_patched(model: nn.Module, state: PatchState, file: AdapterFile) -> 
         raise file.error(f"the model is patched with {list(state.configs)}, the file has {list(file.configs)}")
     _check_base(model, state, file)
     parameters = {name: p for name, p in model.named_parameters() if name in set(state.adapter_names())}
-    values = _checked_values(parameters, file)
+    values = checked_values(parameters, file)
     with undo_on_error() as on_error:
-        _restore_head(model, file, on_error)
+        restore_head(model, file, on_error)
         for name, parameter in parameters.items():
             before = parameter.detach().clone()
-            on_error(lambda parameter=parameter, before=before: _copy_(parameter, before))
-            _copy_(parameter, values[name])
+            on_error(lambda parameter=parameter, before=before: copy_(parameter, before))
+            copy_(parameter, values[name])
 
 
 def _check_base(model: nn.Module, state: PatchState, file: AdapterFile) -> None:
@@ -216,7 +217,7 @@ def _check_base(model: nn.Module, state: PatchState, file: AdapterFile) -> None:
         raise file.error(f"the adapter was trained on another base: {reason}")
 
 
-def _checked_values(parameters: Mapping[str, Tensor], file: AdapterFile) -> dict[str, Tensor]:
+def checked_values(parameters: Mapping[str, Tensor], file: AdapterFile) -> dict[str, Tensor]:
     """The file's adapter tensors, which must be these parameters and no other."""
     values = {name: tensor for name, tensor in file.tensors.items() if name not in file.head_tensors()}
     if missing := sorted(parameters.keys() - values.keys()):
@@ -229,7 +230,7 @@ def _checked_values(parameters: Mapping[str, Tensor], file: AdapterFile) -> dict
     return values
 
 
-def _restore_head(model: nn.Module, file: AdapterFile, on_error: OnError) -> None:
+def restore_head(model: nn.Module, file: AdapterFile, on_error: OnError) -> None:
     """Load the file's head.
 
     A linear of another size, or the Identity of a model without classes, is replaced.
@@ -250,12 +251,12 @@ def _restore_head(model: nn.Module, file: AdapterFile, on_error: OnError) -> Non
             own = dict(module._parameters)
         for key, tensor in tensors.items():
             before = own[key].detach().clone()
-            on_error(lambda target=own[key], before=before: _copy_(target, before))
-            _copy_(own[key], tensor)
+            on_error(lambda target=own[key], before=before: copy_(target, before))
+            copy_(own[key], tensor)
 
 
 @torch.no_grad()
-def _copy_(target: Tensor, value: Tensor) -> None:
+def copy_(target: Tensor, value: Tensor) -> None:
     target.copy_(value)
 
 

@@ -4,7 +4,15 @@ import dataclasses
 
 import pytest
 
-from alore_ext.config import AloreConfig, MlaeConfig, RepAdapterConfig, config_from_json
+from alore_ext.config import (
+    AloreConfig,
+    BitFitConfig,
+    LoraConfig,
+    MlaeConfig,
+    RepAdapterConfig,
+    SsfConfig,
+    config_from_json,
+)
 
 GOOD = [
     AloreConfig(),
@@ -20,6 +28,13 @@ GOOD = [
     AloreConfig(structure="stacked_nonlinear"),
     RepAdapterConfig(),
     RepAdapterConfig(6, 3, 0.1, 0.1, ("before_attn",), (1,)),
+    LoraConfig(),
+    LoraConfig(4, 8, ["fc1", "qkv"], range(2)),
+    LoraConfig(2, -0.5, modules=["b.q_proj", "a.q_proj", "b.q_proj"]),
+    SsfConfig(),
+    SsfConfig(("proj",), norms=False, layers=[1]),
+    BitFitConfig(),
+    BitFitConfig([2], norms=False),
 ]
 
 
@@ -37,6 +52,10 @@ def test_frozen_and_normalised():
     assert hash(config) == hash(AloreConfig(locations=("before_attn", "after_ffn"), layers={0, 2}))
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.rank = 3
+
+
+def test_scaling_of_lora():
+    assert (LoraConfig(4).scaling, LoraConfig(4, 8).scaling, LoraConfig(4, 1).scaling) == (1.0, 2.0, 0.25)
 
 
 def test_numpy_integers_are_integers():
@@ -93,6 +112,21 @@ BAD = [
     (MlaeConfig, dict(masking="fixed"), ValueError, "pattern must be one of .* got 'uniform'"),
     (MlaeConfig, dict(masking="none", pattern="hourglass"), ValueError, "pattern"),
     (MlaeConfig, dict(masking="fixed", pattern="random", num_experts=6), ValueError, "num_experts"),
+    (LoraConfig, dict(rank=0), ValueError, "rank must be an int >= 1, got 0"),
+    (LoraConfig, dict(alpha=0), ValueError, "alpha must be None or a finite number other than 0"),
+    (LoraConfig, dict(alpha=float("inf")), ValueError, "alpha"),
+    (LoraConfig, dict(alpha="8"), TypeError, "alpha"),
+    (LoraConfig, dict(targets=("query",)), ValueError, "targets"),
+    (LoraConfig, dict(modules="a"), TypeError, "modules"),
+    (LoraConfig, dict(modules=[1]), TypeError, "modules"),
+    (LoraConfig, dict(modules=[]), ValueError, "modules"),
+    (LoraConfig, dict(modules=["a"], layers=[0]), ValueError, "layers must be None where modules names"),
+    (LoraConfig, dict(modules=["a"], targets=["qkv"]), ValueError, "targets must be None where modules names"),
+    (SsfConfig, dict(norms=1), TypeError, "norms must be True or False, got 1"),
+    (SsfConfig, dict(targets=()), ValueError, "targets"),
+    (SsfConfig, dict(layers=[-1]), ValueError, "layers"),
+    (BitFitConfig, dict(norms=None), TypeError, "norms"),
+    (BitFitConfig, dict(layers=[]), ValueError, "layers"),
 ]
 
 
@@ -108,7 +142,7 @@ def test_bad_fields_are_named(cls, fields, error, text):
         "not json",
         "[]",
         "{}",
-        '{"method": "lora"}',
+        '{"method": "adalora"}',
         '{"method": "alore", "num_expert": 4}',
         '{"method": "alore", "rank": 0}',
         '{"method": "mlae", "share_scale": true}',

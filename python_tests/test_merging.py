@@ -14,7 +14,7 @@ from backbones import (
 )
 
 import alore_ext as ae
-from alore_ext.patching.grouping import KronMerge, LoraMerge, run_merges_
+from alore_ext.patching.grouping import KronMerge, LoraMerge, ScaleShiftMerge, run_merges_
 
 ALL = ("before_attn", "after_attn", "before_ffn", "after_ffn")
 METHODS = {
@@ -286,6 +286,37 @@ def test_merges_of_one_weight_keep_their_order(device):
     run_merges_(merges)
     for tensor, one_by_one in zip(written, expected, strict=True):
         assert_same_bits(tensor, one_by_one)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(6, 4), (6, 4, 1, 1), (6,)], ids=str)
+def test_affine_merges_round_once(dtype, shape, device):
+    """Twice on one weight and bias, and a bias alone: in order, each from float32 (float64) to the nearest value."""
+    weight, bias = (torch.randn(s, device=device).to(dtype) for s in (shape, (6,)))
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    gamma, beta, delta = torch.randn(3, 6, device=device, dtype=wide)
+    by_rows = gamma.view(-1, *(1,) * (len(shape) - 1))
+    expected_weight, expected_bias = weight, bias
+    for _ in range(2):
+        expected_weight = (expected_weight.to(wide) * by_rows).to(dtype)
+        expected_bias = torch.addcmul(beta, expected_bias.to(wide), gamma).to(dtype)
+    expected_bias = (expected_bias.to(wide) + delta).to(dtype)
+    twice = [ScaleShiftMerge(weight, bias, gamma, beta) for _ in range(2)]
+    run_merges_([*twice, ScaleShiftMerge(None, bias, None, delta)])
+    assert_same_bits(weight, expected_weight)
+    assert_same_bits(bias, expected_bias)
+
+
+@pytest.mark.parametrize("config", [ae.SsfConfig(), ae.BitFitConfig()], ids=["ssf", "bitfit"])
+@pytest.mark.parametrize("keep_base", ["device", "cpu", None])
+def test_an_affine_merge_that_overflows_is_undone(config, keep_base, device):
+    model = ae.patch(build("vit", device, torch.float16), config).train()
+    with torch.no_grad():
+        getattr(model.blocks[2].mlp.fc2, "beta" if config.method == "ssf" else "bias_delta").fill_(1e5)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"merge_: blocks.2.mlp.fc2.bias holds NaN or infinity"):
+        ae.merge_(model, keep_base=keep_base)
+    assert_unchanged(model, before)
 
 
 def test_a_merge_that_fails_at_its_end_is_undone(monkeypatch):

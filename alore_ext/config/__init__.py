@@ -10,8 +10,11 @@ from typing import Any
 
 from .alore import STRUCTURES, AloreConfig
 from .base import LOCATIONS, TARGETS, MethodConfig, parse_json
+from .bitfit import BitFitConfig
+from .lora import LoraConfig
 from .mlae import FIXED_PATTERNS, MASKINGS, STOCHASTIC_PATTERNS, MlaeConfig
 from .rep_adapter import RepAdapterConfig
+from .ssf import SsfConfig
 
 __all__ = [
     "FIXED_PATTERNS",
@@ -21,15 +24,18 @@ __all__ = [
     "STRUCTURES",
     "TARGETS",
     "AloreConfig",
+    "BitFitConfig",
     "Config",
+    "LoraConfig",
     "MlaeConfig",
     "RepAdapterConfig",
+    "SsfConfig",
     "config_from_dict",
     "config_from_json",
 ]
 
 Config = MethodConfig
-_CLASSES = {cls.method: cls for cls in (AloreConfig, MlaeConfig, RepAdapterConfig)}
+_CLASSES = {cls.method: cls for cls in (AloreConfig, MlaeConfig, RepAdapterConfig, LoraConfig, SsfConfig, BitFitConfig)}
 
 
 def config_from_dict(fields: dict[str, Any]) -> Config:

@@ -79,6 +79,10 @@ class MethodConfig:
             raise self._error(field, expected, value)
         self._set(field, value)
 
+    def _check_flag(self, field: str) -> None:
+        if not isinstance(getattr(self, field), bool):
+            raise self._error(field, "True or False", getattr(self, field), TypeError)
+
     def _check_number(self, field: str) -> None:
         value = getattr(self, field)
         if isinstance(value, (bool, str, bytes)) or not hasattr(value, "__float__"):

@@ -8,8 +8,19 @@ from .affine import AffineBehind, AffineInput
 from .alore import AloreInput, AloreLayerNorm, AloreLinear, AloreNorm
 from .attention import CalledWindowAttention
 from .channels import AloreChannelsNorm, AloreConv, AloreLayerNorm2d, MlaeConv
+from .lora import LoraConv, LoraLinear, LoraMultiheadAttention
 from .mlae import FusedBiasAttention, MlaeLinear
 from .multihead import CalledMultiheadAttention, MlaeMultiheadAttention, check_multihead_attention
+from .scale_shift import (
+    BitFitAdapter,
+    BitFitInProjection,
+    BitFitJointBias,
+    BitFitLayer,
+    SsfConv,
+    SsfLinear,
+    SsfMultiheadAttention,
+    SsfNorm,
+)
 
 __all__ = [
     "Adapter",
@@ -22,12 +33,23 @@ __all__ = [
     "AloreLayerNorm2d",
     "AloreLinear",
     "AloreNorm",
+    "BitFitAdapter",
+    "BitFitInProjection",
+    "BitFitJointBias",
+    "BitFitLayer",
     "CalledMultiheadAttention",
     "CalledWindowAttention",
     "FusedBiasAttention",
+    "LoraConv",
+    "LoraLinear",
+    "LoraMultiheadAttention",
     "MlaeConv",
     "MlaeLinear",
     "MlaeMultiheadAttention",
+    "SsfConv",
+    "SsfLinear",
+    "SsfMultiheadAttention",
+    "SsfNorm",
     "attach",
     "check_multihead_attention",
     "detach",

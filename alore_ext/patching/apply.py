@@ -32,7 +32,7 @@ def empty_parameters(model: nn.Module, plan: PatchPlan) -> dict[str, nn.Paramete
     """All adapter parameters by full name, uninitialised, on the device of a weight that they fold into."""
     shapes: dict[str, tuple[nn.Parameter, tuple[int, ...]]] = {}
     for record in plan.records:
-        weight = record.linears[0].weight_of(model)
+        weight = model.get_parameter(record.anchor_name())
         for name, shape in record.parameter_shapes().items():
             shapes[f"{record.module}.{name}"] = weight, shape
         if record.shares_scale:
@@ -85,7 +85,7 @@ def patch(model: nn.Module, config: Config | Iterable[Config], head: str | Itera
 
     Args:
         model: a backbone of a known family, or a module that contains one.
-        config: an `AloreConfig`, a `MlaeConfig`, a `RepAdapterConfig`, or a list of them that touch different layers.
+        config: a config of one of the methods, or a list of them that touch different layers.
         head: name or names of the classifier's modules; None asks the model's `get_classifier`.
 
     Returns:

@@ -78,14 +78,47 @@ class AffineMerge:
         self.bias.copy_(bias)
 
 
-Merge = KronMerge | LoraMerge | AffineMerge
+@dataclass(frozen=True, eq=False)
+class ScaleShiftMerge:
+    """`weight <- gamma * weight` by rows and `bias <- gamma * bias + beta`.
+
+    Without a weight only the bias is written; without gamma nothing is scaled.
+    """
+
+    weight: Tensor | None
+    bias: Tensor
+    gamma: Tensor | None
+    beta: Tensor
+
+    def written(self) -> list[Tensor]:
+        """The tensors that the merge changes."""
+        return [self.bias] if self.weight is None else [self.weight, self.bias]
+
+    def run_(self) -> None:
+        """In place: computed in float32 (float64 for float64), rounded once."""
+        dtype = torch.promote_types(self.bias.dtype, torch.float32)
+        bias, beta = self.bias.to(dtype), self.beta.to(dtype)
+        if self.gamma is None:
+            self.bias.copy_(bias + beta)
+            return
+        gamma = self.gamma.to(dtype)
+        self.bias.copy_(torch.addcmul(beta, bias, gamma))
+        if self.weight is not None:
+            self.weight.copy_(self.weight.to(dtype) * gamma.view(-1, *(1,) * (self.weight.dim() - 1)))
+
+
+Merge = KronMerge | LoraMerge | AffineMerge | ScaleShiftMerge
 
 
 def run_merges_(merges: Iterable[Merge]) -> None:
-    """Run all merges in place: one grouped call a method and device, more only where a weight takes several merges."""
+    """Run all merges in place: more than one round only where a weight takes several merges.
+
+    Each round has one grouped call for all Kronecker merges of a device, with the weights of affine adapters, and one
+    for all of low rank. What changes a bias or scales rows takes a few calls of torch each.
+    """
     for group in _rounds(merges):
-        for device in dict.fromkeys(merge.weight.device for merge in group):
-            here = [merge for merge in group if merge.weight.device == device]
+        for device in dict.fromkeys(merge.written()[0].device for merge in group):
+            here = [merge for merge in group if merge.written()[0].device == device]
             kron = [merge for merge in here if isinstance(merge, KronMerge)]
             lora = [merge for merge in here if isinstance(merge, LoraMerge)]
             for merge in (affine := [merge for merge in here if isinstance(merge, AffineMerge)]):
@@ -93,6 +126,9 @@ def run_merges_(merges: Iterable[Merge]) -> None:
             kron += [merge.of_weight() for merge in affine]
             ops.merge_kron_grouped_(*_columns(kron, ("weight", "bias", "scale", "down", "up", "side")))
             ops.merge_lora_grouped_(*_columns(lora, ("weight", "lora_a", "lora_b", "coeff")))
+            for merge in here:
+                if isinstance(merge, ScaleShiftMerge):
+                    merge.run_()
 
 
 def _columns(merges: list[Merge], fields: tuple[str, ...]) -> Iterator[list]:

@@ -35,6 +35,7 @@ class Branch:
         takes: the linears that consume the branch's input, and nothing else.
         gives: the last linear.
         norm: the norm whose output they consume, and nothing else does; None in post-norm blocks.
+        norm_behind: in post-norm blocks, the norm that takes what the branch gives.
         inlet: the module whose input they consume. In a pre-norm block it is named only where zeros are padded in
             between the norm and the inlet.
         host: the module that may go around `takes` and `gives`.
@@ -47,6 +48,7 @@ class Branch:
     takes: tuple[str | LinearMap, ...]
     gives: str
     norm: str | None = None
+    norm_behind: str | None = None
     inlet: str | None = None
     host: str | None = None
     host_of_takes: FindHost = lambda host: None
@@ -127,7 +129,11 @@ def runs(module: nn.Module | None, cls: str, methods: Iterable[str] = ("forward"
 
 def known_block_sites(name: str, block: nn.Module, known: KnownBlock) -> BlockSites:
     """What a block offers, by its entry."""
-    sites = BlockSites(name, refused={place: f"{name}: {reason}" for place, reason in known.refused.items()})
+    prefix = f"{name}." if name else ""
+    branches = [branch for branch in (known.attn, known.ffn) if branch is not None]
+    norms = tuple(prefix + norm for branch in branches if (norm := branch.norm or branch.norm_behind))
+    refused = {place: f"{name}: {reason}" for place, reason in known.refused.items()}
+    sites = BlockSites(name, norms=norms, refused=refused)
     for branch, (before, after, role_in, role_out) in (
         (known.attn, ("before_attn", "after_attn", "qkv", "proj")),
         (known.ffn, ("before_ffn", "after_ffn", "fc1", "fc2")),

@@ -36,7 +36,8 @@ class LinearMap:
 
     def bias_of(self, model: nn.Module) -> nn.Parameter | None:
         """[out_features], or None."""
-        return getattr(model.get_submodule(self.module), self.bias)
+        # From the registered ones: an adapted layer's own `bias` may read as what the adapter makes of it.
+        return model.get_submodule(self.module)._parameters.get(self.bias)
 
     def matrix_of(self, model: nn.Module) -> Tensor:
         """The weight as [out_features, in_features], sharing its memory."""

@@ -58,7 +58,7 @@ def restore_base_(model: nn.Module, state: PatchState, caller: str) -> None:
         if name not in parameters or parameters[name].shape != weight.shape:
             raise ValueError(f"{caller}: {name} is no longer the weight that was merged")
     for record in state.records:
-        weight = parameters[record.linears[0].weight_name]
+        weight = parameters[record.anchor_name()]
         for name in record.parameter_shapes():
             _follow(merged.adapters[f"{record.module}.{name}"], weight)
         if record.shares_scale:

@@ -97,14 +97,14 @@ def _as_configs(configs: Config | Iterable[Config]) -> tuple[Config, ...]:
 
 
 def _check_collisions(records: Sequence[AdapterRecord]) -> None:
-    """Each linear takes one merge at most: the second would multiply what the first had added."""
+    """Each layer takes one adapter at most, and one merge: the second would multiply what the first had added."""
     taken: dict[str, AdapterRecord] = {}
     for record in records:
-        for linear in record.linears:
-            other = taken.setdefault(linear.weight_name, record)
+        for layer in (record.module, *(linear.module for linear in record.linears)):
+            other = taken.setdefault(layer, record)
             if other is not record:
                 raise ValueError(
-                    f"patch: {linear.module} is adapted twice, by {_describe(other)} and {_describe(record)}; "
+                    f"patch: {layer} is adapted twice, by {_describe(other)} and {_describe(record)}; "
                     f"methods on one model must touch different layers"
                 )
 
@@ -138,6 +138,11 @@ def _check_layers(model: nn.Module, records: Sequence[AdapterRecord]) -> None:
             _check_linear(linear.module, model.get_submodule(linear.module), linear.weight)
             if weight_uses[id(linear.weight_of(model))] > 1 or module_uses[id(model.get_submodule(linear.module))] > 1:
                 raise ValueError(f"patch: the weight of {linear.module} is used in several places of the model")
+        for name, tensor in record.merged_tensors(model).items():
+            if weight_uses[id(tensor)] > 1:
+                raise ValueError(f"patch: {name} is used in several places of the model")
+            if tensor.dtype not in _WEIGHT_DTYPES:
+                raise ValueError(f"patch: {name} must be one of {_WEIGHT_DTYPES}, got {tensor.dtype}")
 
 
 _LINEAR_FORWARDS = (nn.Linear.forward, nn.Conv2d.forward, nn.MultiheadAttention.forward)

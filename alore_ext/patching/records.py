@@ -57,6 +57,10 @@ class AdapterRecord:
         """Start values, in place, from torch's global generator."""
         raise NotImplementedError
 
+    def anchor_name(self) -> str:
+        """Full name of a backbone's parameter that the adapter's follow to a device and dtype."""
+        return self.linears[0].weight_name
+
     def attach(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
         """Put the adapter on its layer."""
         raise NotImplementedError

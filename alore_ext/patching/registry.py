@@ -78,11 +78,16 @@ class MlaeSite:
 
 @dataclass(frozen=True)
 class BlockSites:
-    """What one block offers. `refused` says of a location or role that the block lacks why it does."""
+    """What one block offers.
+
+    `norms` names the norm of each residual branch, before or behind it. `refused` says of a location or role that the
+    block lacks why it does.
+    """
 
     name: str
     alore: dict[str, AloreSite] = field(default_factory=dict)
     mlae: dict[str, tuple[MlaeSite, ...]] = field(default_factory=dict)
+    norms: tuple[str, ...] = ()
     refused: dict[str, str] = field(default_factory=dict)
 
 

@@ -48,8 +48,15 @@ _KNOWN = (
         runs=f"{_TIMM_V2}.SwinTransformerV2Block",
         methods=("forward", "_attn"),
         parts={"attn": (f"{_TIMM_V2}.WindowAttention",), **_TIMM_MLP},
-        attn=Branch(inlet="attn", takes=("attn.qkv",), gives="attn.proj", host="attn", host_of_takes=_joint_bias),
-        ffn=Branch(inlet="mlp.fc1", takes=("mlp.fc1",), gives="mlp.fc2"),
+        attn=Branch(
+            norm_behind="norm1",
+            inlet="attn",
+            takes=("attn.qkv",),
+            gives="attn.proj",
+            host="attn",
+            host_of_takes=_joint_bias,
+        ),
+        ffn=Branch(norm_behind="norm2", inlet="mlp.fc1", takes=("mlp.fc1",), gives="mlp.fc2"),
     ),
     KnownBlock(
         runs=f"{_TORCHVISION}.SwinTransformerBlock",
@@ -69,6 +76,7 @@ _KNOWN = (
         runs=f"{_TORCHVISION}.SwinTransformerBlockV2",
         parts={"attn": (f"{_TORCHVISION}.ShiftedWindowAttentionV2",), **_TORCHVISION_MLP},
         attn=Branch(
+            norm_behind="norm1",
             inlet="attn.qkv",
             takes=("attn.qkv",),
             gives="attn.proj",
@@ -77,7 +85,7 @@ _KNOWN = (
             host_of_gives=_calls_no_linear,
             bias_refused="its forward sets the keys' third of that bias to 0",
         ),
-        ffn=Branch(inlet="mlp.0", takes=("mlp.0",), gives="mlp.3"),
+        ffn=Branch(norm_behind="norm2", inlet="mlp.0", takes=("mlp.0",), gives="mlp.3"),
     ),
     KnownBlock(
         runs=f"{_TRANSFORMERS}Layer",

@@ -39,11 +39,12 @@ def is_block_list(module: nn.Module) -> bool:
 
 def traced_block_sites(name: str, block: nn.Module) -> BlockSites:
     """What a block offers, and why not where it does not."""
+    norms = tuple(f"{name}.{child}" for child in BLOCK_CHILDREN if child.startswith("norm"))
     try:
         reader = _BlockReader(name, block)
     except DataflowError as reason:
-        return BlockSites(name, refused=dict.fromkeys(_PLACES, f"{name} {reason}"))
-    sites = BlockSites(name)
+        return BlockSites(name, norms=norms, refused=dict.fromkeys(_PLACES, f"{name} {reason}"))
+    sites = BlockSites(name, norms=norms)
     for inner, norm, last, (before, after, role_in, role_out) in (
         ("attn", "norm1", "attn.proj", _PLACES[:4]),
         ("mlp", "norm2", "mlp.fc2", _PLACES[4:]),

@@ -10,13 +10,24 @@ from collections.abc import Callable
 
 from torch import nn
 
-from alore_ext.config import AloreConfig, Config, MlaeConfig, RepAdapterConfig
+from alore_ext.config import (
+    AloreConfig,
+    BitFitConfig,
+    Config,
+    LoraConfig,
+    MlaeConfig,
+    RepAdapterConfig,
+    SsfConfig,
+)
 
 from ..records import AdapterRecord
 from ..registry import Structure
 from .affine import rep_adapter_records
 from .alore import alore_records
+from .bitfit import bitfit_records
+from .lora import lora_records
 from .mlae import mlae_records
+from .ssf import ssf_records
 
 MakeRecords = Callable[[nn.Module, Structure, Config, int], list[AdapterRecord]]
 
@@ -24,4 +35,7 @@ METHODS: dict[type[Config], MakeRecords] = {
     AloreConfig: alore_records,
     MlaeConfig: mlae_records,
     RepAdapterConfig: rep_adapter_records,
+    LoraConfig: lora_records,
+    SsfConfig: ssf_records,
+    BitFitConfig: bitfit_records,
 }
