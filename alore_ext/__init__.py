@@ -15,12 +15,15 @@ from .config import AloreConfig, MlaeConfig
 from .merging import merge_, merge_and_unload, unmerge_
 from .patching import patch, patch_as_mlp, patch_convnext, patch_swin, patch_vit, unpatch
 from .summary import trainable_summary
+from .verification import VerificationError, VerificationReport, verify
 
 __version__ = build_info()["version"]
 
 __all__ = [
     "AloreConfig",
     "MlaeConfig",
+    "VerificationError",
+    "VerificationReport",
     "adapter_state_dict",
     "build_info",
     "load_adapter",
@@ -37,4 +40,5 @@ __all__ = [
     "trainable_summary",
     "unmerge_",
     "unpatch",
+    "verify",
 ]

@@ -110,9 +110,8 @@ def test_other_dtypes(row: Row, config, dtype, device):
         ae.patch(model, config)
         assert all(p.dtype == torch.float32 for layer in adapters(model) for p in own_parameters(layer))
         epsilon = torch.finfo(dtype).eps
-        assert (
-            relative_error(logits(model, x), expected) < 20 * epsilon
-        )  # the norm is fused, and rounds where the plain one does not
+        # The adapted norm is fused, and rounds where the plain one does not.
+        assert relative_error(logits(model, x), expected) < 20 * epsilon
         train_adapters_(model)
         unmerged = logits(model, x)
         assert unmerged.dtype == dtype
