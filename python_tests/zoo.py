@@ -151,7 +151,8 @@ def _transformers() -> dict[str, Row]:
         def make(classes: int) -> nn.Module:
             return getattr(transformers, model)(getattr(transformers, config)(num_labels=classes, **sizes))
 
-        return Row(make, family, "transformers", heads, image)
+        cannot = {"checkpointing": "transformers' ConvNeXt refuses it"} if family == "convnext" else {}
+        return Row(make, family, "transformers", heads, image, cannot)
 
     two_heads = ("cls_classifier", "distillation_classifier")
     registers = "Dinov2WithRegisters"
