@@ -17,6 +17,7 @@ from .peft_files import export_peft, load_peft
 from .patching import patch, patch_as_mlp, patch_convnext, patch_swin, patch_vit, unpatch
 from .retention import retain_experts
 from .summary import trainable_summary
+from .verification import VerificationError, VerificationReport, verify
 
 __version__ = build_info()["version"]
 
@@ -27,6 +28,8 @@ __all__ = [
     "MlaeConfig",
     "RepAdapterConfig",
     "SsfConfig",
+    "VerificationError",
+    "VerificationReport",
     "adapter_state_dict",
     "build_info",
     "export_peft",
@@ -46,4 +49,5 @@ __all__ = [
     "trainable_summary",
     "unmerge_",
     "unpatch",
+    "verify",
 ]

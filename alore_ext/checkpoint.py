@@ -284,8 +284,18 @@ def _replace_linear(
     parent._modules[child] = new
     on_error(lambda: parent._modules.__setitem__(child, old))
     for owner in {id(module): module for module in (model, parent)}.values():
-        if isinstance(getattr(owner, "num_classes", None), int):
-            before: Any = owner.num_classes
-            on_error(lambda owner=owner, before=before: setattr(owner, "num_classes", before))
-            owner.num_classes = out_features
+        for count in ("num_classes", "num_labels"):
+            if isinstance(owner.__dict__.get(count), int):
+                before: Any = owner.__dict__[count]
+                on_error(lambda owner=owner, count=count, before=before: owner.__dict__.update({count: before}))
+                owner.__dict__[count] = out_features
+    _count_labels(getattr(model, "config", None), out_features, on_error)
     return new
+
+
+def _count_labels(config: Any, num_labels: int, on_error: OnError) -> None:
+    """transformers' config counts the classes by their names, and new ones are made where their number changes."""
+    if isinstance(getattr(config, "id2label", None), dict) and len(config.id2label) != num_labels:
+        names = {key: config.__dict__[key] for key in ("id2label", "label2id") if key in config.__dict__}
+        on_error(lambda: config.__dict__.update(names))
+        config.num_labels = num_labels

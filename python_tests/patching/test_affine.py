@@ -1,4 +1,4 @@
-"""Adapters with biases, ALoRE's stacked structures and RepAdapter: exact where they merge, refused where they cannot."""
+"""Adapters with biases, ALoRE's stacked structures and RepAdapter: exact where they merge, or refused."""
 
 import copy
 from functools import partial

@@ -1,116 +1,11 @@
-"""Every ViT-family backbone, every place: the adapter is really in the forward, trains, and folds away
-exactly.
-"""
+"""What is the ViT family's alone: consumers, attentions that go around qkv, heads. The rest: test_every_backbone.py."""
 
 import pytest
 import torch
-from backbones import BACKBONES, assert_unchanged, build, images, relative_error, snapshot, train_adapters_
+from backbones import build, images, relative_error, train_adapters_
 
 import alore_ext as ae
-from alore_ext.modules import AloreLayerNorm, AloreLinear, AloreNorm, FusedBiasAttention, MlaeLinear
-
-CONFIGS = {
-    "default": ae.AloreConfig(),
-    "before_attn": ae.AloreConfig(num_experts=2, rank=3, locations=("before_attn",)),
-    "after_attn": ae.AloreConfig(locations=("after_attn",)),
-    "before_ffn": ae.AloreConfig(locations=("before_ffn",), share_scale=False),
-    "after_ffn": ae.AloreConfig(num_experts=8, rank=1, locations=("after_ffn",)),
-    "everywhere": ae.AloreConfig(
-        dropout=0.1, locations=("before_attn", "after_attn", "before_ffn", "after_ffn"), layers=(0, 2)
-    ),
-    "mlae": ae.MlaeConfig(),
-    "mlae_everywhere": ae.MlaeConfig(4, 2, 0.3, 0.5, targets=("qkv", "proj", "fc1", "fc2"), layers=(1, 2)),
-    "both": [ae.AloreConfig(locations=("before_ffn",)), ae.MlaeConfig(targets=("qkv", "proj"))],
-}
-everything = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-every_backbone = pytest.mark.parametrize("name", BACKBONES)
-
-
-def adapter_modules(model):
-    return [m for m in model.modules() if isinstance(m, (AloreLayerNorm, AloreNorm, AloreLinear, MlaeLinear))]
-
-
-@every_backbone
-@everything
-def test_life_of_an_adapter(name, config, device):
-    """From patch to a plain backbone again, in float64: what is exact has to be exact."""
-    model = build(name, device, torch.float64)
-    x = images(device, torch.float64)
-    plain = snapshot(model)
-    with torch.no_grad():
-        expected = model(x)
-
-    assert ae.patch(model, config) is model
-    names_at_start = [name for name, _ in model.named_parameters()]
-    assert set(plain["tensors"]) <= set(model.state_dict())
-    with torch.no_grad():
-        assert relative_error(model(x), expected) < 1e-12  # the adapters start as the identity
-
-    # Each adapter by itself is in the forward: its own change changes the output.
-    adapters = adapter_modules(model)
-    assert adapters
-    for layer in adapters:
-        factor = layer.lora_b if isinstance(layer, MlaeLinear) else layer.up
-        with torch.no_grad():
-            factor.normal_(0.0, 0.2)
-            changed = relative_error(model(x), expected)
-            factor.zero_()
-        assert changed > 1e-6, layer
-
-    # Every trainable gets a gradient once no factor is zero, and nothing else does.
-    train_adapters_(model)
-    for layer in adapters:
-        if isinstance(layer, MlaeLinear):
-            layer._mlae_mask_p = 0.0  # a masked expert rightly gets none in this one step
-    model.train()
-    for module in model.modules():
-        if hasattr(module, "drop_prob"):
-            module.eval()  # nor does what stands on a dropped path
-    model(x).square().sum().backward()
-    for key, parameter in model.named_parameters():
-        is_trained = key not in plain["tensors"] or key.startswith("head")
-        assert parameter.requires_grad is is_trained, key
-        assert (parameter.grad is not None and bool(parameter.grad.abs().sum() > 0)) is is_trained, key
-    model.eval()
-
-    with torch.no_grad():
-        unmerged = model(x)
-        assert relative_error(unmerged, expected) > 1e-3
-        ae.merge_(model)
-        assert list(model.state_dict()) == list(plain["tensors"])
-        assert {k: type(m) for k, m in model.named_modules()} == {k: t for k, (_, t) in plain["modules"].items()}
-        assert relative_error(model(x), unmerged) < 1e-12
-        ae.unmerge_(model)
-        assert [name for name, _ in model.named_parameters()] == names_at_start
-        assert torch.equal(model(x), unmerged)
-
-    model.zero_grad(set_to_none=True)
-    assert ae.unpatch(model) is model
-    assert_unchanged(model, plain)
-
-
-@every_backbone
-@pytest.mark.parametrize("config", [ae.AloreConfig(), ae.MlaeConfig()], ids=["alore", "mlae"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_other_dtypes(name, config, dtype, device):
-    model = build(name, device, dtype)
-    x = images(device, dtype)
-    with torch.no_grad():
-        expected = model(x)
-        ae.patch(model, config)
-        assert all(p.dtype == torch.float32 for m in adapter_modules(model) for p in _own(m))
-        epsilon = torch.finfo(dtype).eps
-        assert relative_error(model(x), expected) < 8 * epsilon
-        train_adapters_(model)
-        unmerged = model(x)
-        assert unmerged.dtype == dtype
-        assert relative_error(unmerged, expected) > 0.01
-        ae.merge_(model)
-        assert relative_error(model(x), unmerged) < 20 * epsilon
-
-
-def _own(layer):
-    return [getattr(layer, name) for name in layer.adapter_parameters if name in layer._parameters]
+from alore_ext.modules import AloreLayerNorm, AloreNorm, FusedBiasAttention, MlaeLinear
 
 
 @pytest.mark.parametrize(
