@@ -260,4 +260,4 @@ class TestMixedPrecision:
         y = ops.alore_channels(x, torch.ones(1, 1, 1, device=device), down[None], up[None])[:, :16].double()
         x = x[:, :16].double()
         diagonal = y - x - torch.einsum("bchw,cd->bdhw", x, eye.roll(1, 0)[:, :16].double())
-        assert ((diagonal * x).sum() / x.square().sum()).item() == pytest.approx(0.001, rel=0.1)
+        assert ((diagonal * x).sum() / x.square().sum()).item() == pytest.approx(0.001, rel=0.5)
