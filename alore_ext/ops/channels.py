@@ -154,9 +154,9 @@ def _builds_dense(channels: int, codes: int) -> bool:
     """Whether W' [channels, channels] is built; codes is num_blocks * num_experts * rank, the values in z (and h).
 
     Dense moves 3 * channels values a pixel forward, factored 3 * channels + 4 * codes. Up to channels = 2 * codes
-    dense moves at most 0.6 of that, in three launches fewer, for about twice the multiply-adds; these hide behind
-    memory on a GPU. Timed on one CPU core, 4 experts of rank 4 (codes = 64), forward and backward, batch 8: 0.9 of
-    factored at 96 channels, 1.2 at 128, 2.1 at 192, 27 at 1024.
+    dense moves at most 0.6 of that, in two launches fewer (four under float32 factors and a 16-bit x), for about twice
+    the multiply-adds; on a GPU these hide behind memory. Timed on one CPU core in float32, 4 experts of rank 4
+    (codes = 64), forward and backward, batch 8: 0.87 of factored at 96 channels, 1.2 at 128, 2.1 at 192, 31 at 1024.
     """
     return channels <= 2 * codes
 
@@ -191,7 +191,10 @@ def _strided_low_rank(x: Tensor, weight: Tensor, bias: Tensor | None, to_code: T
 
 
 def _product(matrix: Tensor, operand: Tensor) -> Tensor:
-    """matrix [m, k] @ operand [batch, k, spatial]. torch.matmul would transpose the operand into one large matrix."""
+    """matrix [m, k] @ operand [batch, k, spatial]. torch.matmul would transpose the operand into one large matrix.
+
+    In backward the matrix's gradient is one [m, k] a sample, then their sum: m / spatial of the operand's memory.
+    """
     return torch.bmm(matrix.expand(operand.shape[0], -1, -1), operand)
 
 

@@ -241,12 +241,23 @@ class TestMixedPrecision:
             y = getattr(ops, op)(*args.values())
         torch.testing.assert_close(y, getattr(reference, op)(*args.values()))
 
-    def test_small_updates_of_the_dense_map_are_not_swallowed(self, device):
-        """I + W' in bfloat16 would lose an adapter below 2^-9; here the sum is the product's own."""
-        args = channel_args("alore_channels", DENSE[0], dtype=torch.bfloat16, factor_dtype=torch.float32, device=device)
-        args["x"].zero_()[:, 0] = 1
-        args["up"] *= 1e-4
-        expected = reference.alore_channels(*to_double(args).values())
-        others = (slice(None), slice(1, None))
-        branch, exact = ops.alore_channels(*args.values())[others].double(), expected[others]
-        torch.testing.assert_close(branch, exact, rtol=0.02, atol=0.02 * exact.abs().max().item())
+    @pytest.mark.parametrize("dims", [FACTORED[1], DENSE[0]], ids=["factored", "dense"])
+    def test_autocast_casts_x_and_no_factor_before_its_products(self, dims, device):
+        args = channel_args("alore_channels", dims, dtype=torch.float32, device=device)
+        expected = ops.alore_channels(*(args | {"x": args["x"].bfloat16()}).values())
+        with torch.autocast(device.type, torch.bfloat16):
+            assert torch.equal(ops.alore_channels(*args.values()), expected)
+
+    @pytest.mark.parametrize("p", [64, 16], ids=["factored", "dense"])
+    def test_small_updates_are_not_swallowed(self, p, device):
+        """W' has 0.001 on its diagonal. In bfloat16 I + W' would have 1 there; here the sum is the product's own.
+
+        Beside the diagonal, W' adds every channel to the next: alone, 1.001 x would round to x in any formulation.
+        """
+        x = draw(8, p, 14, 14, dtype=torch.bfloat16, device=device)
+        down, eye = torch.eye(p, 16, device=device), torch.eye(16, p, device=device)
+        up = eye.roll(1, 0) + 0.001 * eye
+        y = ops.alore_channels(x, torch.ones(1, 1, 1, device=device), down[None], up[None])[:, :16].double()
+        x = x[:, :16].double()
+        diagonal = y - x - torch.einsum("bchw,cd->bdhw", x, eye.roll(1, 0)[:, :16].double())
+        assert ((diagonal * x).sum() / x.square().sum()).item() == pytest.approx(0.001, rel=0.5)
