@@ -234,7 +234,8 @@ def test_failure_midway_is_undone(name, config, failing_call, monkeypatch):
             raise MemoryError("no room")
         attach(*args)
 
-    monkeypatch.setattr(records, "attach", flaky)
+    for method in (alore, mlae):
+        monkeypatch.setattr(method, "attach", flaky)
     refused(build(name), config, "no room", MemoryError)
 
 
