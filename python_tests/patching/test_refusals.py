@@ -224,9 +224,9 @@ def test_data_parallel_wrappers():
 @pytest.mark.parametrize("failing_call", [1, 2, 3])
 def test_failure_midway_is_undone(name, config, failing_call, monkeypatch):
     """Whatever fails while layers are being changed (here: the n-th of them), all are put back."""
-    from alore_ext.patching import records
+    from alore_ext.patching.methods import alore, mlae
 
-    attach, calls = records.attach, []
+    attach, calls = alore.attach, []
 
     def flaky(*args):
         calls.append(1)
