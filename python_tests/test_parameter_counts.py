@@ -1,4 +1,4 @@
-"""The parameter counts of the papers' tables, on the papers' own backbones, made on the meta device."""
+"""The parameter counts of the papers' tables, on the papers' own backbones, on the meta device."""
 
 import pytest
 import timm

@@ -1,4 +1,4 @@
-"""Adapters with biases, ALoRE's stacked structures and RepAdapter: exact where they merge, or refused."""
+"""Adapters with biases (stacked ALoRE, RepAdapter): exact where they merge, refused where they cannot."""
 
 import copy
 from functools import partial
@@ -135,7 +135,7 @@ def test_channels_are_the_tokens_of_nchw(kind, memory_format, device):
 REFUSED = {
     "beit": (BACKBONES["beit"], "blocks.0.attn.qkv cannot take one: it has no bias"),
     "eva02_base": (BACKBONES["eva02_base"], "blocks.0.attn.k_proj cannot take one: it has no bias"),
-    "no_qkv_bias": (BACKBONES["vit_gated_rmsnorm"], "blocks.0.attn.qkv cannot take one: it has no bias"),
+    "no_qkv_bias": (BACKBONES["vit_gated_rmsnorm"], "blocks.0.attn.gate cannot take one: it has no bias"),
     "swin_v2": (partial(SwinTransformerV2, img_size=48, window_size=5, **_SWIN), "attn.qkv cannot take one"),
     "torchvision_swin_v2": (partial(tv_swin.SwinTransformer, **_TV_SWIN, **_TV_SWIN_V2), "sets the keys' third"),
 }
