@@ -14,6 +14,7 @@ from .checkpoint import adapter_state_dict, load_adapter, save_adapter
 from .config import AloreConfig, MlaeConfig
 from .merging import merge_, merge_and_unload, unmerge_
 from .patching import patch, patch_as_mlp, patch_convnext, patch_swin, patch_vit, unpatch
+from .patching.support import SupportedModel, supported_models
 from .summary import trainable_summary
 from .verification import VerificationError, VerificationReport, verify
 
@@ -22,6 +23,7 @@ __version__ = build_info()["version"]
 __all__ = [
     "AloreConfig",
     "MlaeConfig",
+    "SupportedModel",
     "VerificationError",
     "VerificationReport",
     "adapter_state_dict",
@@ -37,6 +39,7 @@ __all__ = [
     "patch_vit",
     "reference",
     "save_adapter",
+    "supported_models",
     "trainable_summary",
     "unmerge_",
     "unpatch",
