@@ -16,6 +16,7 @@ from .merging import merge_, merge_and_unload, unmerge_
 from .peft_files import export_peft, load_peft
 from .patching import patch, patch_as_mlp, patch_convnext, patch_swin, patch_vit, unpatch
 from .retention import retain_experts
+from .patching.support import SupportedModel, supported_models
 from .summary import trainable_summary
 from .verification import VerificationError, VerificationReport, verify
 
@@ -28,6 +29,7 @@ __all__ = [
     "MlaeConfig",
     "RepAdapterConfig",
     "SsfConfig",
+    "SupportedModel",
     "VerificationError",
     "VerificationReport",
     "adapter_state_dict",
@@ -46,6 +48,7 @@ __all__ = [
     "reference",
     "retain_experts",
     "save_adapter",
+    "supported_models",
     "trainable_summary",
     "unmerge_",
     "unpatch",

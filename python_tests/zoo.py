@@ -170,7 +170,15 @@ def _transformers() -> dict[str, Row]:
     }
 
 
-ZOO: dict[str, Row] = {**TIMM, **_torchvision(), **_transformers()}
+def _own() -> dict[str, Row]:
+    if importlib.util.find_spec("alore_ext.models.as_mlp") is None:
+        return {}  # a branch without it
+    from alore_ext.models.as_mlp import AsMlp
+
+    return {"as_mlp": Row(lambda classes: AsMlp(16, (2, 2), num_classes=classes), "as_mlp", "alore_ext", image=48)}
+
+
+ZOO: dict[str, Row] = {**TIMM, **_own(), **_torchvision(), **_transformers()}
 
 every_row = pytest.mark.parametrize("row", ZOO.values(), ids=ZOO)
 
