@@ -44,6 +44,8 @@ class AffineRecord(AdapterRecord):
 
     def merged_tensors(self, model: nn.Module) -> dict[str, nn.Parameter]:
         biases = {linear.bias_name: linear.bias_of(model) for linear in self.linears}
+        # One that is never merged may stand before linears without a bias.
+        biases = {name: bias for name, bias in biases.items() if bias is not None}
         return {**super().merged_tensors(model), **biases}
 
     def merges(self, model: nn.Module, parameters: Mapping[str, Tensor]) -> list[Merge]:
