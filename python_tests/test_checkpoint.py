@@ -252,7 +252,7 @@ def test_another_family(tmp_path):
         (dict(metadata={"format_version": "2"}), "format_version must be 1, got '2'"),
         (dict(metadata={"format": "peft"}), "is not an adapter file: format is 'peft'"),
         (dict(metadata={"configs": "[{]"}), "damaged metadata"),
-        (dict(metadata={"configs": '[{"method": "lora"}]'}), "damaged metadata.*method must be one of"),
+        (dict(metadata={"configs": '[{"method": "adalora"}]'}), "damaged metadata.*method must be one of"),
         (dict(metadata={"configs": "{}"}), "damaged metadata.*at least one config"),
         (dict(metadata={"configs": "7"}), "damaged metadata"),
         (dict(metadata={"base": "3"}), "damaged metadata"),
@@ -317,13 +317,13 @@ def test_a_load_that_fails_midway_is_undone(make, tmp_path, monkeypatch):
     if make is base:
         monkeypatch.setattr(checkpoint, "apply_plan", broken)
     else:
-        copy_, calls = checkpoint._copy_, []
+        copy_, calls = checkpoint.copy_, []
 
         def flaky(target, value):
             calls.append(1)
             broken() if len(calls) == 5 else copy_(target, value)
 
-        monkeypatch.setattr(checkpoint, "_copy_", flaky)
+        monkeypatch.setattr(checkpoint, "copy_", flaky)
     with pytest.raises(MemoryError):
         ae.load_adapter(model, path)
     monkeypatch.undo()
