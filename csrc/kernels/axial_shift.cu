@@ -12,7 +12,8 @@ using Bits = std::conditional_t<kSize == 2, uint16_t, std::conditional_t<kSize =
 
 constexpr int kVectorBytes = 16;
 constexpr int kBlock = 128;
-constexpr int kPart = 2 * kBlock;  // vectors that a block takes at once
+// Vectors of a thread that are loaded before the first is stored.
+constexpr int kVectorsOfPlanes = 2, kVectorsOfPixels = 1;
 
 template <typename T, int kLanes>
 struct alignas(sizeof(T) * kLanes) Vec {
@@ -108,7 +109,7 @@ struct Image {
 // a row or a plane is a period, and element i comes from i + offset unless that is in another period.
 template <typename T, int kLanes_, typename Index_>
 struct Planes {
-  static constexpr int kLanes = kLanes_;
+  static constexpr int kLanes = kLanes_, kUnroll = kVectorsOfPlanes;
   using Element = T;
   using Index = Index_;
   using Vector = Vec<T, kLanes>;
@@ -196,7 +197,7 @@ struct Planes {
 // from as many pixels as it has groups.
 template <typename T, int kLanes_, typename Index_>
 struct Pixels {
-  static constexpr int kLanes = kLanes_;
+  static constexpr int kLanes = kLanes_, kUnroll = kVectorsOfPixels;
   using Element = T;
   using Index = Index_;
   using Vector = Vec<T, kLanes>;
@@ -258,17 +259,24 @@ struct Pixels {
 template <typename Layout, typename Load, typename Store>
 __device__ __forceinline__ void for_vectors(const Layout& layout, Load load, Store store) {
   using Index = typename Layout::Index;
+  constexpr int kUnroll = Layout::kUnroll, kPart = kUnroll * kBlock;
   for (Index run = blockIdx.y; run < layout.runs; run += gridDim.y) {
     for (Index vector = Index(blockIdx.x) * kPart + threadIdx.x; vector < layout.vectors;
          vector += Index(gridDim.x) * kPart) {
-      const auto first = layout.place(run, vector), second = layout.place(run, vector + kBlock);
-      const bool do_first = layout.has_work(first);
-      const bool do_second = vector + kBlock < layout.vectors && layout.has_work(second);
-      decltype(load(first)) a, b;
-      if (do_first) a = load(first);
-      if (do_second) b = load(second);
-      if (do_first) store(first, a);
-      if (do_second) store(second, b);
+      typename Layout::Place places[kUnroll];
+      decltype(load(places[0])) loaded[kUnroll];
+      bool todo[kUnroll];
+#pragma unroll
+      for (int i = 0; i < kUnroll; ++i) {
+        const Index at = vector + i * kBlock;
+        places[i] = layout.place(run, at);
+        todo[i] = at < layout.vectors && layout.has_work(places[i]);
+        if (todo[i]) loaded[i] = load(places[i]);
+      }
+#pragma unroll
+      for (int i = 0; i < kUnroll; ++i) {
+        if (todo[i]) store(places[i], loaded[i]);
+      }
     }
   }
 }
@@ -319,6 +327,7 @@ __global__ void __launch_bounds__(kBlock) shift_sum_kernel(Layout layout, const 
 
 template <typename Layout>
 dim3 grid_of(const Layout& layout) {
+  constexpr int kPart = Layout::kUnroll * kBlock;
   const int64_t parts = (int64_t{layout.vectors} + kPart - 1) / kPart;
   return dim3(static_cast<unsigned>(std::min<int64_t>(parts, 1 << 30)),
               static_cast<unsigned>(std::min<int64_t>(layout.runs, 65535)));
