@@ -88,6 +88,9 @@ def verify(model: nn.Module, example_input: Tensor | tuple | list | Mapping[str,
        bypassed at inference alone, or folds into the wrong side of a weight, is found here.
     6. Unmerging restores every bit, and every class.
 
+    A method that has no merge (`AloreConfig(structure="stacked_nonlinear")`) has to refuse it, in the place of 5 and 6.
+    float32 products are not cut to TF32 here, whatever torch's settings are.
+
     The bound of 1 and 5 is `8 * (r + eps)`: eps is that of the output's dtype, and r is measured: how far the output
     moves, relative to its norm, when every adapted weight moves by a random part of one rounding of its own dtype. So
     it follows the dtype, depth and conditioning of the model at hand. Check 2 has to exceed `r + eps`.
@@ -109,7 +112,7 @@ def verify(model: nn.Module, example_input: Tensor | tuple | list | Mapping[str,
     if state.merged is not None:
         raise ValueError(f"verify: {type(model).__name__} is merged; call unmerge_ first")
     check_attached(model, state, "verify")
-    with torch.inference_mode(False), left_as_it_was(model):
+    with torch.inference_mode(False), left_as_it_was(model), _full_float32():
         checks = tuple(_Trial(model, state, example_input).run())
     return VerificationReport(type(model).__name__, checks)
 
@@ -183,6 +186,9 @@ class _Trial:
             )
 
     def merges_exactly(self) -> Iterator[Check]:
+        if refusals := {record.merge_refusal() for record in self.state.records} - {None}:
+            yield self.refuses_to_merge("; ".join(sorted(refusals)))
+            return
         unmerged = self.output()
         tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
         before = {name: tensor.detach().clone() for name, tensor in tensors.items()}
@@ -205,6 +211,14 @@ class _Trial:
         changed += [name for name, module in self.model.named_modules() if type(module) is not kinds.get(name)]
         detail = f"not so: {', '.join(changed[:4])}" if changed else f"{len(before)} tensors, {len(kinds)} classes"
         yield Check("unmerge restores every bit", not changed, None, None, detail)
+
+    def refuses_to_merge(self, reason: str) -> Check:
+        try:
+            merge_(self.model)
+        except ValueError:
+            return Check("cannot be merged, and refuses to be", True, None, None, reason)
+        _unmerge(self.model, self.state)
+        return Check("cannot be merged, and refuses to be", False, None, None, f"merged all the same, though {reason}")
 
     @torch.no_grad()
     def output(self) -> Tensor:
@@ -242,6 +256,22 @@ class _Trial:
             record.init_({name: self.adapters[f"{record.module}.{name}"] for name in record.parameter_shapes()})
         if SHARED_SCALE in self.adapters:
             init_scale_(self.adapters[SHARED_SCALE])
+
+
+@contextlib.contextmanager
+def _full_float32() -> Iterator[None]:
+    """float32 products in float32: where operands are cut to TF32, a rounding of the weights now and then moves one by
+    a thousand roundings, and no bound that follows from roundings holds.
+    """
+    backends = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [backend.allow_tf32 for backend in backends]
+    for backend in backends:
+        backend.allow_tf32 = False
+    try:
+        yield
+    finally:
+        for backend, allowed in zip(backends, before, strict=True):
+            backend.allow_tf32 = allowed
 
 
 @contextlib.contextmanager

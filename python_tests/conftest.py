@@ -12,3 +12,9 @@ def device() -> torch.device:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _full_float32() -> None:
+    """By default cuDNN rounds a float32 convolution's operands to TF32, which no bound for float32 allows for."""
+    torch.backends.cudnn.allow_tf32 = False

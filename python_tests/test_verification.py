@@ -323,3 +323,28 @@ def test_what_is_refused(device):
     model.register_forward_hook(lambda module, inputs, output: output.argmax(-1))
     with pytest.raises(ValueError, match="returned no floating-point tensor"):
         ae.verify(model, images(device))
+
+
+def test_a_method_without_a_merge_has_to_refuse_it(device, monkeypatch):
+    model = ae.patch(build("vit", device), ae.AloreConfig(structure="stacked_nonlinear"))
+    report = ae.verify(model, images(device))
+    assert report, report
+    last = report.checks[-1]
+    assert last.name == "cannot be merged, and refuses to be" and "GELU" in last.detail
+
+    def merges_all_the_same(model):
+        monkeypatch.setattr(type(model.__dict__["_alore_state"].records[0]), "merge_refusal", lambda self: None)
+        return ae.merge_(model)
+
+    monkeypatch.setattr("alore_ext.verification.merge_", merges_all_the_same)
+    report = ae.verify(model, images(device))
+    assert not report and not report.checks[-1].passed
+
+
+def test_settings_of_tf32_come_back(device):
+    torch.backends.cudnn.allow_tf32 = True
+    try:
+        assert ae.verify(patched(device=device), images(device))
+        assert torch.backends.cudnn.allow_tf32
+    finally:
+        torch.backends.cudnn.allow_tf32 = False

@@ -3,19 +3,22 @@
 `alore_ext.supported_models()` names these rows as its evidence.
 """
 
-import importlib.util
 import logging
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import pytest
+import timm
 import torch
 from backbones import BACKBONES, CLASSES, randomise_
+from packaging.version import Version
 from timm.models.convnext import ConvNeXt
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import nn
+
+from alore_ext.models.as_mlp import AsMlp
 
 ALL_LOCATIONS = ("before_attn", "after_attn", "before_ffn", "after_ffn")
 ALL_TARGETS = ("qkv", "proj", "fc1", "fc2")
@@ -86,11 +89,14 @@ def _timm_convnext(**kwargs) -> Row:
     return Row(make, "convnext", "timm", ("head.fc",), 48)
 
 
+# timm's v2 cannot pad its windows before 1.0.31.
+_PADDED_V2 = 48 if Version(timm.__version__) >= Version("1.0.31") else 40
+
 TIMM = {
     **{name: _timm_vit(name) for name in BACKBONES},
     "swin": _timm_swin(SwinTransformer),
     "swin_whole_windows": _timm_swin(SwinTransformer, image=32, window=4, qkv_bias=False),
-    "swinv2": _timm_swin(SwinTransformerV2),
+    "swinv2": _timm_swin(SwinTransformerV2, image=_PADDED_V2),
     "swinv2_whole_windows": _timm_swin(SwinTransformerV2, image=32, window=4, qkv_bias=False),
     "convnext": _timm_convnext(),
     "convnextv2": _timm_convnext(use_grn=True, ls_init_value=None),
@@ -100,8 +106,6 @@ TIMM = {
 
 
 def _torchvision() -> dict[str, Row]:
-    if importlib.util.find_spec("torchvision") is None:
-        return {}
     from torchvision.models import convnext, swin_transformer, vision_transformer
 
     no_switch = {"checkpointing": "torchvision's models have no switch for it"}
@@ -138,8 +142,6 @@ _CONVOLVED = dict(depths=[1, 1, 2, 1], hidden_sizes=[8, 16, 24, 32])
 
 
 def _transformers() -> dict[str, Row]:
-    if importlib.util.find_spec("transformers") is None:
-        return {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import transformers
@@ -171,10 +173,6 @@ def _transformers() -> dict[str, Row]:
 
 
 def _own() -> dict[str, Row]:
-    if importlib.util.find_spec("alore_ext.models.as_mlp") is None:
-        return {}  # a branch without it
-    from alore_ext.models.as_mlp import AsMlp
-
     return {"as_mlp": Row(lambda classes: AsMlp(16, (2, 2), num_classes=classes), "as_mlp", "alore_ext", image=48)}
 
 

@@ -112,9 +112,17 @@ def _backbone_name(model: nn.Module, block: str, table: tuple[KnownBlock, ...]) 
 
 def is_block(module: nn.Module, known: KnownBlock) -> bool:
     """Whether the module and its parts run the code that the entry speaks of."""
-    return runs(module, known.runs, known.methods) and all(
-        any(runs(_descendant(module, name), part) for part in parts) for name, parts in known.parts.items()
+    return (
+        runs(module, known.runs, known.methods)
+        and all(any(runs(_descendant(module, name), part) for part in parts) for name, parts in known.parts.items())
+        and all(_has_linears(module, branch) for branch in (known.attn, known.ffn) if branch is not None)
     )
+
+
+def _has_linears(module: nn.Module, branch: Branch) -> bool:
+    """Whether the layers of a branch are there: another version of the library may call them something else."""
+    names = [linear if isinstance(linear, str) else linear.module for linear in (*branch.takes, branch.gives)]
+    return all(_descendant(module, name) is not None for name in names)
 
 
 def runs(module: nn.Module | None, cls: str, methods: Iterable[str] = ("forward",)) -> bool:

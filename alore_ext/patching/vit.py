@@ -7,6 +7,8 @@ are known by the code that they run.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import nn
 
 from alore_ext.modules import CalledMultiheadAttention, MlaeMultiheadAttention
@@ -36,35 +38,49 @@ _TORCHVISION = KnownBlock(
 )
 
 
-def _transformers(module: str, prefix: str, norms: tuple[str, str], gated: bool = False) -> KnownBlock:
-    """A layer of transformers 5: all its vision transformers name their linears alike."""
+_MLP = Branch(takes=("mlp.fc1",), gives="mlp.fc2")
+_SWIGLU = Branch(takes=("mlp.gate_proj", "mlp.up_proj"), gives="mlp.down_proj")
+_JOINT_SWIGLU = Branch(takes=("mlp.weights_in",), gives="mlp.weights_out")
+_BEFORE_AFTER, _NUMBERED = ("layernorm_before", "layernorm_after"), ("norm1", "norm2")
+
+
+def _transformers(module: str, prefix: str, norms: tuple[str, str], ffn: Branch = _MLP) -> KnownBlock:
+    """A layer of transformers 5."""
     path = f"transformers.models.{module}.modeling_{module}.{prefix}"
-    ffn = Branch(norm=norms[1], takes=("mlp.fc1",), gives="mlp.fc2")
-    if gated:
-        ffn = Branch(norm=norms[1], takes=("mlp.gate_proj", "mlp.up_proj"), gives="mlp.down_proj")
     return KnownBlock(
         runs=f"{path}Layer",
-        parts={"attention": (f"{path}Attention",), "mlp": (f"{path}SwiGLUFFN" if gated else f"{path}MLP",)},
+        parts={"attention": (f"{path}Attention",), "mlp": (f"{path}MLP" if ffn is _MLP else f"{path}SwiGLUFFN",)},
         attn=Branch(
             norm=norms[0],
             takes=("attention.q_proj", "attention.k_proj", "attention.v_proj"),
             gives="attention.o_proj",
         ),
-        ffn=ffn,
+        ffn=replace(ffn, norm=norms[1]),
     )
 
 
-_BEFORE_AFTER, _NUMBERED = ("layernorm_before", "layernorm_after"), ("norm1", "norm2")
+def _nested(known: KnownBlock) -> KnownBlock:
+    """The same layer before its attention was one module (DINOv2 up to transformers 5.17)."""
+    inner = "attention.attention"
+    attn = replace(
+        known.attn, takes=tuple(f"{inner}.{name}" for name in ("query", "key", "value")), gives="attention.output.dense"
+    )
+    prefix = known.runs.removesuffix("Layer")
+    return replace(known, parts={**known.parts, inner: (f"{prefix}SelfAttention",)}, attn=attn)
+
+
+def _dinov2(module: str, prefix: str) -> tuple[KnownBlock, ...]:
+    layers = [_transformers(module, prefix, _NUMBERED, ffn) for ffn in (_MLP, _SWIGLU, _JOINT_SWIGLU)]
+    return (*layers, *map(_nested, layers))
+
+
 _KNOWN = (
     _TORCHVISION,
     _transformers("vit", "ViT", _BEFORE_AFTER),
     _transformers("deit", "DeiT", _BEFORE_AFTER),
     _transformers("beit", "Beit", _BEFORE_AFTER),
-    *(
-        _transformers(module, prefix, _NUMBERED, gated)
-        for module, prefix in (("dinov2", "Dinov2"), ("dinov2_with_registers", "Dinov2WithRegisters"))
-        for gated in (False, True)
-    ),
+    *_dinov2("dinov2", "Dinov2"),
+    *_dinov2("dinov2_with_registers", "Dinov2WithRegisters"),
 )
 
 

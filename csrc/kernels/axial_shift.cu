@@ -11,9 +11,9 @@ template <size_t kSize>
 using Bits = std::conditional_t<kSize == 2, uint16_t, std::conditional_t<kSize == 4, uint32_t, uint64_t>>;
 
 constexpr int kVectorBytes = 16;
+// One vector a thread: with two or four in flight, or blocks of 256 and 512, every case was slower
+// (NOTES.md).
 constexpr int kBlock = 128;
-// Vectors of a thread that are loaded before the first is stored.
-constexpr int kVectorsOfPlanes = 2, kVectorsOfPixels = 1;
 
 template <typename T, int kLanes>
 struct alignas(sizeof(T) * kLanes) Vec {
@@ -109,7 +109,7 @@ struct Image {
 // a row or a plane is a period, and element i comes from i + offset unless that is in another period.
 template <typename T, int kLanes_, typename Index_>
 struct Planes {
-  static constexpr int kLanes = kLanes_, kUnroll = kVectorsOfPlanes;
+  static constexpr int kLanes = kLanes_;
   using Element = T;
   using Index = Index_;
   using Vector = Vec<T, kLanes>;
@@ -197,7 +197,7 @@ struct Planes {
 // from as many pixels as it has groups.
 template <typename T, int kLanes_, typename Index_>
 struct Pixels {
-  static constexpr int kLanes = kLanes_, kUnroll = kVectorsOfPixels;
+  static constexpr int kLanes = kLanes_;
   using Element = T;
   using Index = Index_;
   using Vector = Vec<T, kLanes>;
@@ -259,24 +259,11 @@ struct Pixels {
 template <typename Layout, typename Load, typename Store>
 __device__ __forceinline__ void for_vectors(const Layout& layout, Load load, Store store) {
   using Index = typename Layout::Index;
-  constexpr int kUnroll = Layout::kUnroll, kPart = kUnroll * kBlock;
   for (Index run = blockIdx.y; run < layout.runs; run += gridDim.y) {
-    for (Index vector = Index(blockIdx.x) * kPart + threadIdx.x; vector < layout.vectors;
-         vector += Index(gridDim.x) * kPart) {
-      typename Layout::Place places[kUnroll];
-      decltype(load(places[0])) loaded[kUnroll];
-      bool todo[kUnroll];
-#pragma unroll
-      for (int i = 0; i < kUnroll; ++i) {
-        const Index at = vector + i * kBlock;
-        places[i] = layout.place(run, at);
-        todo[i] = at < layout.vectors && layout.has_work(places[i]);
-        if (todo[i]) loaded[i] = load(places[i]);
-      }
-#pragma unroll
-      for (int i = 0; i < kUnroll; ++i) {
-        if (todo[i]) store(places[i], loaded[i]);
-      }
+    for (Index vector = Index(blockIdx.x) * kBlock + threadIdx.x; vector < layout.vectors;
+         vector += Index(gridDim.x) * kBlock) {
+      const auto place = layout.place(run, vector);
+      if (layout.has_work(place)) store(place, load(place));
     }
   }
 }
@@ -327,8 +314,7 @@ __global__ void __launch_bounds__(kBlock) shift_sum_kernel(Layout layout, const 
 
 template <typename Layout>
 dim3 grid_of(const Layout& layout) {
-  constexpr int kPart = Layout::kUnroll * kBlock;
-  const int64_t parts = (int64_t{layout.vectors} + kPart - 1) / kPart;
+  const int64_t parts = (int64_t{layout.vectors} + kBlock - 1) / kBlock;
   return dim3(static_cast<unsigned>(std::min<int64_t>(parts, 1 << 30)),
               static_cast<unsigned>(std::min<int64_t>(layout.runs, 65535)));
 }

@@ -128,7 +128,8 @@ def test_channels_are_the_tokens_of_nchw(kind, memory_format, device):
         ae.modules.attach(layer, ae.modules.AffineBehind, factors, {"_affine_form": form})
     x = torch.randn(2, 6, 5, 3, device=device, dtype=torch.float64).contiguous(memory_format=memory_format)
     y = conv(x)
-    assert y.is_contiguous(memory_format=memory_format)
+    # Whatever the convolution itself gives: cuDNN has no channels_last in float64.
+    assert y.stride() == nn.functional.conv2d(x, conv.weight, conv.bias).stride()
     assert relative_error(y, linear(x.movedim(1, -1)).movedim(-1, 1)) < 1e-12
 
 
