@@ -28,7 +28,13 @@ for stage in "$@"; do
       # 16-bit calls only. No kernel filter: with one, whichever kernels it names, racecheck (CUDA 13.0) ends in an internal error.
       run "compute-sanitizer racecheck" racecheck.log env PYTHONPATH=. PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
         compute-sanitizer --tool racecheck --error-exitcode 3 python3 benchmarks/exercise_ops.py --short
-      ;;
+      wheel=$(python3 -c 'import nvidia.cu13 as m; print(list(m.__path__)[0])' 2> /dev/null)
+      nvcc -std=c++20 -O3 --expt-relaxed-constexpr -arch=native -Icsrc ${wheel:+-I$wheel/include} -DALORE_WITH_CUDA \
+        -D__CUDA_NO_HALF_CONVERSIONS__ -D__CUDA_NO_HALF_OPERATORS__ -D__CUDA_NO_BFLOAT16_CONVERSIONS__ \
+        -o "$OUT/axial_shift_check" benchmarks/axial_shift_check.cu csrc/kernels/axial_shift.cu csrc/kernels/axial_shift_cpu.cpp &&
+        run "memcheck, axial shifts" memcheck_axial.log \
+          compute-sanitizer --tool memcheck --error-exitcode 3 "$OUT/axial_shift_check"
+      rm -f "$OUT/axial_shift_check" ;;
     harness)
       cmake -S . -B build/harness -DCMAKE_CUDA_ARCHITECTURES=90a -DALORE_CUDA_WHEEL="$(python3 -c 'import nvidia.cu13 as m; print(list(m.__path__)[0])' 2> /dev/null)" > "$OUT/cmake.log" 2>&1 &&
         cmake --build build/harness -j "$(nproc)" >> "$OUT/cmake.log" 2>&1
