@@ -5,6 +5,7 @@ import timm
 import torch
 
 import alore_ext as ae
+from alore_ext.models.as_mlp import as_mlp_base
 
 TIMM = {
     "ViT-B": "vit_base_patch16_224",
@@ -18,8 +19,7 @@ TIMM = {
 def backbone(name: str) -> torch.nn.Module:
     with torch.device("meta"):
         if name == "AS-MLP-B":
-            as_mlp = pytest.importorskip("alore_ext.models.as_mlp", reason="alore_ext.models.as_mlp is not there yet")
-            return as_mlp.as_mlp_base()
+            return as_mlp_base()
         return timm.create_model(TIMM[name], pretrained=False)
 
 
