@@ -63,7 +63,7 @@ class MlaeConv(MlaeAdapter):
         Raises:
             ValueError: the convolution is not 1x1 with stride 1, no padding and one group.
         """
-        if not _is_pointwise(self):
+        if not is_pointwise(self):
             raise ValueError(
                 "MlaeConv: the convolution must have kernel_size 1, stride 1, padding 0 and groups 1, got "
                 f"kernel_size {self.kernel_size}, stride {self.stride}, padding {self.padding}, groups {self.groups}"
@@ -71,7 +71,11 @@ class MlaeConv(MlaeAdapter):
         return ops.mlae_channels(x, self.weight, self.bias, *self._factors(), self._mlae_mask_p, self.training)
 
 
-def _is_pointwise(conv: nn.Conv2d) -> bool:
+def is_pointwise(conv: nn.Conv2d) -> bool:
+    """Whether a convolution is a linear map of the channels, at each pixel by itself.
+
+    Of kernel_size 1, stride 1, padding 0 and groups 1.
+    """
     # 'valid' and 'same' pad nothing around a kernel of one pixel.
     padded = conv.padding not in ((0, 0), "valid", "same")
     return conv.kernel_size == (1, 1) and conv.stride == (1, 1) and not padded and conv.groups == 1

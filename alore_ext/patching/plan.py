@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from alore_ext.config import AloreConfig, Config
+from alore_ext.modules.channels import is_pointwise
 
 from .heads import find_head_names
 from .methods import METHODS
@@ -156,11 +157,8 @@ def _check_linear(name: str, linear: nn.Module, weight_name: str) -> None:
         raise ValueError(f"patch: {name} must store its weight, but computes it (weight norm, parametrization)")
     if weight.dtype not in _WEIGHT_DTYPES:
         raise ValueError(f"patch: the weight of {name} must be one of {_WEIGHT_DTYPES}, got {weight.dtype}")
-    if isinstance(linear, nn.Conv2d) and (linear.kernel_size, linear.stride, linear.groups) != ((1, 1), (1, 1), 1):
-        raise ValueError(
-            f"patch: {name} must be a 1x1 convolution of stride 1 and one group, got kernel_size={linear.kernel_size}, "
-            f"stride={linear.stride}, groups={linear.groups}"
-        )
+    if isinstance(linear, nn.Conv2d) and not is_pointwise(linear):
+        raise ValueError(f"patch: {name} must be a 1x1 convolution of stride 1, padding 0 and one group, got {linear}")
 
 
 def parameter_dtype(weight: torch.Tensor) -> torch.dtype:

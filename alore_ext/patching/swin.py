@@ -10,6 +10,8 @@ attention call them (see `modules.CalledWindowAttention`). timm's v2 keeps the b
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import nn
 
 from alore_ext.modules import CalledWindowAttention, FusedBiasAttention
@@ -26,7 +28,8 @@ def _joint_bias(attention: nn.Module) -> type[Adapter] | None:
     return FusedBiasAttention
 
 
-def _calls_no_linear(attention: nn.Module) -> type[Adapter]:
+def _goes_around_linears(attention: nn.Module) -> type[Adapter]:
+    """torchvision's attention reads the weights of qkv and proj, in v1 and v2 alike."""
     return CalledWindowAttention
 
 
@@ -34,6 +37,14 @@ _TIMM_MLP = {"mlp": ("timm.layers.mlp.Mlp",), "mlp.fc1": (LINEAR,), "mlp.fc2": (
 _TIMM_V1, _TIMM_V2 = "timm.models.swin_transformer", "timm.models.swin_transformer_v2"
 _TORCHVISION = "torchvision.models.swin_transformer"
 _TORCHVISION_MLP = {"mlp": (SEQUENTIAL,), "mlp.0": (LINEAR,), "mlp.3": (LINEAR,)}
+_TORCHVISION_ATTN = Branch(
+    inlet="attn.qkv",
+    takes=("attn.qkv",),
+    gives="attn.proj",
+    host="attn",
+    host_of_takes=_goes_around_linears,
+    host_of_gives=_goes_around_linears,
+)
 _TRANSFORMERS = "transformers.models.swin.modeling_swin.Swin"
 
 _KNOWN = (
@@ -61,28 +72,15 @@ _KNOWN = (
     KnownBlock(
         runs=f"{_TORCHVISION}.SwinTransformerBlock",
         parts={"attn": (f"{_TORCHVISION}.ShiftedWindowAttention",), **_TORCHVISION_MLP},
-        attn=Branch(
-            norm="norm1",
-            inlet="attn.qkv",
-            takes=("attn.qkv",),
-            gives="attn.proj",
-            host="attn",
-            host_of_takes=_calls_no_linear,
-            host_of_gives=_calls_no_linear,
-        ),
+        attn=replace(_TORCHVISION_ATTN, norm="norm1"),
         ffn=Branch(norm="norm2", takes=("mlp.0",), gives="mlp.3"),
     ),
     KnownBlock(
         runs=f"{_TORCHVISION}.SwinTransformerBlockV2",
         parts={"attn": (f"{_TORCHVISION}.ShiftedWindowAttentionV2",), **_TORCHVISION_MLP},
-        attn=Branch(
+        attn=replace(
+            _TORCHVISION_ATTN,
             norm_behind="norm1",
-            inlet="attn.qkv",
-            takes=("attn.qkv",),
-            gives="attn.proj",
-            host="attn",
-            host_of_takes=_calls_no_linear,
-            host_of_gives=_calls_no_linear,
             bias_refused="its forward sets the keys' third of that bias to 0",
         ),
         ffn=Branch(norm_behind="norm2", inlet="mlp.0", takes=("mlp.0",), gives="mlp.3"),

@@ -290,3 +290,16 @@ def test_failure_at_an_attention_that_changes_with_its_linear_is_undone(failing_
         monkeypatch.setattr(module, "attach", flaky)
     refused(build("beit"), ae.MlaeConfig(), "no room", MemoryError)
     assert len(calls) == failing_call
+
+
+def test_a_convolution_that_is_no_map_of_pixels():
+    from alore_ext.models import AsMlp
+
+    model = AsMlp(16, (1,))
+    conv = model.layers[0].blocks[0].mlp.fc1
+    for field, value in (("padding", (1, 1)), ("stride", (2, 2))):
+        before = getattr(conv, field)
+        setattr(conv, field, value)
+        refused(model, ae.AloreConfig(), r"layers.0.blocks.0.mlp.fc1 must be a 1x1 convolution of stride 1, padding 0")
+        setattr(conv, field, before)
+    ae.patch(model, ae.AloreConfig())
