@@ -3,9 +3,14 @@
 //
 // A block runs through tiles of 16 * row_tiles tokens that cp.async brings into shared memory ahead of time.
 // A tile takes three steps with a barrier after each:
-//   codes     Z = base @ down and dH = dY @ up^T on the tensor cores, and the row sums that the norm's
-//   gradient needs mixing    H and dZ over blocks in fp32, d(scale) summed in registers outputs   grad_x =
-//   norm'(grad_out + dZ @ down^T), d(up) += H^T dY and d(down) += base^T dZ, sums in registers
+//   1. codes: Z = base @ down and dH = dY @ up^T on the tensor cores, and the row sums that the norm's
+//      gradient needs
+//
+//   2. mixing: H and dZ over blocks in fp32, d(scale) summed in registers
+//
+//   3. outputs: grad_x = norm'(grad_out + dZ @ down^T), d(up) += H^T dY and d(down) += base^T dZ, sums in
+//      registers
+//
 // The norm's gradient needs, per row, the means of g = weight * d(base) and of g * n over columns that no
 // single warp has, before any of d(base) exists. The adapter's part of them follows from the codes:
 //   sum_j weight_j (dZ down^T)_j = sum_w dZ_w (weight @ down)_w
