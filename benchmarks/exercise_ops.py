@@ -1,4 +1,4 @@
-"""Runs every operator forward and backward, and the grouped merges, over odd shapes and every dtype pair, for
+"""Runs every operator forward and backward, and the grouped ones, over odd shapes and every dtype pair, for
 compute-sanitizer.
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python3 benchmarks/exercise_ops.py
@@ -95,11 +95,49 @@ def wrong_merges(generator, shape, dtype, factor, tolerance) -> int:
         for i, weight in enumerate(expected):
             getattr(reference, name)(weight, *(v.double() if torch.is_tensor(v) else v for v in (x[i] for x in rest)))
         got = [weight.detach() for weight in weights]
+        sources = [weight.clone() for weight in got]
         getattr(ops, name.removesuffix("_") + "_grouped_")(got, *rest)
         for weight, exact in zip(got, expected, strict=True):
             if not (weight.double() - exact).norm() <= tolerance * exact.norm():
                 wrong += 1
                 print(f"{name} {shape} {dtype}: wrong", file=sys.stderr)
+        swapped = [torch.full_like(weight, torch.nan) for weight in got]
+        getattr(ops, name.removesuffix("_") + "_grouped_")(swapped, *rest, source=sources)
+        if not all(torch.equal(a, b) for a, b in zip(swapped, got, strict=True)):
+            wrong += 1
+            print(f"{name} {shape} {dtype}: from a source, wrong", file=sys.stderr)
+    return wrong
+
+
+@torch.no_grad()
+def wrong_grouped(generator, shape, dtype, factor, tolerance) -> int:
+    """The ops with one adapter a sample, of unequal rank, one sample without; how many came out wrong."""
+    wrong = 0
+    index = torch.tensor([1, -1, 0, 1], device=generator.device)
+    x = leaf(generator, dtype, 4, 19, shape[0] * shape[1])
+    pairs = [dict.fromkeys(("kron", "lora")) for _ in range(2)]
+    for pair, rank in zip(pairs, (shape[2], shape[2] + 1), strict=True):
+        made = {name: args for name, args, _ in cases(generator, 0, shape[0], shape[1], rank, dtype, factor)}
+        pair["kron"], pair["lora"] = made["kron_linear"][1:], made["masked_lora_linear"][1:]
+    kron, lora = ([list(values) for values in zip(*(pair[k] for pair in pairs), strict=True)] for k in pairs[0])
+    weight, bias = (values[0] for values in lora[:2])
+    calls = {
+        "kron_linear_grouped": [x, *kron, index],
+        "alore_grouped": [x, *kron, index],
+        "layer_norm_alore_grouped": [x, None, None, 1e-6, *kron, index],
+        "masked_lora_linear_grouped": [x, weight, bias, *lora[2:], index],
+    }
+
+    def wide(value):
+        if isinstance(value, list):
+            return [wide(v) for v in value]
+        return value.double() if torch.is_tensor(value) and value.is_floating_point() else value
+
+    for name, args in calls.items():
+        exact = getattr(reference, name)(*map(wide, args))
+        if not (getattr(ops, name)(*args).double() - exact).norm() <= tolerance * exact.norm():
+            wrong += 1
+            print(f"{name} {shape} {dtype}: wrong", file=sys.stderr)
     return wrong
 
 
@@ -148,7 +186,8 @@ def main() -> int:
                 print(f"{name} {tokens} tokens {shape} {dtype}: error {error.item():.2e}", file=sys.stderr)
     for (dtype, factor, tolerance), shape in itertools.product(dtypes, FACTORS):
         wrong += wrong_merges(generator, shape, dtype, factor, tolerance)
-        calls += 2
+        wrong += wrong_grouped(generator, shape, dtype, factor, tolerance)
+        calls += 8
     for (dtype, _, tolerance), shape in itertools.product(dtypes, IMAGES):
         wrong += wrong_shifts(generator, shape, dtype, tolerance)
         calls += 45

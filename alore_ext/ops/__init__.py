@@ -12,6 +12,7 @@ from .grouped import (
     kron_linear_grouped,
     layer_norm_alore_grouped,
     masked_lora_linear_grouped,
+    plan_lora_grouped,
 )
 from .kron import alore, kron_linear, layer_norm_alore, plan_alore, plan_kron
 from .lora import masked_lora_linear, mlae_linear, plan_lora
@@ -46,6 +47,7 @@ __all__ = [
     "merge_lora_grouped_",
     "plan_kron",
     "plan_lora",
+    "plan_lora_grouped",
     "plan_merge_kron",
     "plan_merge_lora",
 ]

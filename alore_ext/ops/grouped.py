@@ -5,14 +5,17 @@ along a leading axis, or as a list of tensors that may differ in num_experts and
 The index stays on its device: calls neither wait for it nor depend on its values, so that they run in CUDA graphs.
 
 These operators are for inference: they raise where a gradient would be recorded. On CUDA the Kronecker ones are one
-launch for every 32 adapters where :func:`plan_alore` says that each adapter's shape is fused, and are composed of
-batched products otherwise, which a warning says once for 16-bit activations.
+launch for every 128 adapters where :func:`plan_alore` says that each adapter's shape is fused; the low-rank linear is
+two launches and the base product where :func:`plan_lora_grouped` says so. Otherwise they are composed of batched
+products, which a warning says once for 16-bit activations.
 """
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from .._extension import _C
 
 Adapters = Tensor | Sequence[Tensor]
 
@@ -110,4 +113,25 @@ def masked_lora_linear_grouped(
     """
     return torch.ops.alore_ext.masked_lora_linear_grouped(
         x, weight, bias, _listed(lora_a), _listed(lora_b), _listed(coeff), index
+    )
+
+
+def plan_lora_grouped(x: Tensor, weight: Tensor, lora_a: Adapters):
+    """How CUDA would run :func:`masked_lora_linear_grouped` on tensors of these shapes; printable.
+
+    Args:
+        x, weight, lora_a: as for :func:`masked_lora_linear_grouped`; only their shapes and x's dtype are read.
+
+    Returns:
+        An object with ``fused``: 16-bit x, features in multiples of 8 and at most 64 rank rows an adapter. Where not,
+        ``reason`` and ``refused``, the adapter that it is about; else ``rank_tiles``, eights of rank rows of the
+        largest adapter, and ``workspace_bytes``, the memory that a call takes for packed factors.
+    """
+    return _C.plan_lora_grouped(
+        num_samples=x.shape[0],
+        num_tokens=x[..., 0].numel(),
+        in_features=weight.shape[1],
+        out_features=weight.shape[0],
+        ranks=[a.shape[0] for a in _listed(lora_a)],
+        dtype=x.dtype,
     )

@@ -1,4 +1,4 @@
-"""In-place merging of adapters into the weights of the linears around them, one layer or a whole model at a time."""
+"""Merging of adapters into the weights of the linears around them, one layer or a whole model at a time."""
 
 from collections.abc import Sequence
 
@@ -48,23 +48,34 @@ def merge_kron_grouped_(
     down: Sequence[Tensor],
     up: Sequence[Tensor],
     side: Sequence[str],
+    source: Sequence[Tensor] | None = None,
 ) -> None:
     """:func:`merge_kron_` on many layers: entry i of every list makes one merge. On CUDA a few launches do them all.
 
     Entries may differ in shape, dtype and side; weights are on one device. A factor may serve several entries. The
     values are those of one :func:`merge_kron_` an entry. Empty lists do nothing.
 
+    With ``source`` the adapters of a model are swapped in one pass: each weight becomes the merge of its source, at
+    about the cost of a copy, with the bits of copying it and merging in place. (A source whose strides are not its
+    weight's is copied first.) No call waits for the device, and none allocates memory there where factors are
+    contiguous and :func:`plan_merge_kron` takes every entry: in a captured CUDA graph a call merges what the tensors
+    hold at each replay.
+
     Args:
         weight: entry i ``[out_features, in_features]``, float64, float32, bfloat16 or float16.
         bias: entry i ``[out_features]`` or None; written where the side is "after".
         scale, down, up: the adapters, as for :func:`merge_kron_`.
         side: "before" or "after", one an entry.
+        source: entry i, of weight's shape, dtype and device, is what ``weight[i]`` becomes the merge of; weight's old
+            values are not read. Sources may share memory with each other, not with a weight or bias that is written.
+            Biases are merged in place. None: weights are merged in place too.
 
     Raises:
         RuntimeError: what :func:`merge_kron_` refuses, naming the entry; lists of unequal length; two entries that
-            would write the same memory, or whose memory interleaves: their order would matter. Nothing is written.
+            would write the same memory, or whose memory interleaves: their order would matter; a source of another
+            shape, dtype or device than its weight, or in memory that is written. Nothing is written.
     """
-    if any(len(values) for values in (weight, bias, scale, down, up, side)):
+    if any(len(values) for values in (weight, bias, scale, down, up, side, source or ())):
         _require_entries("merge_kron_grouped_", weight)
         _require_length("merge_kron_grouped_", "bias", bias, weight)
         biases = [(i, b) for i, b in enumerate(bias) if b is not None]
@@ -76,11 +87,16 @@ def merge_kron_grouped_(
             list(down),
             list(up),
             list(side),
+            None if source is None else list(source),
         )
 
 
 def merge_lora_grouped_(
-    weight: Sequence[Tensor], lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], coeff: Sequence[Tensor]
+    weight: Sequence[Tensor],
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    coeff: Sequence[Tensor],
+    source: Sequence[Tensor] | None = None,
 ) -> None:
     """:func:`merge_lora_` on many layers: entry i of every list makes one merge. On CUDA a few launches do them all.
 
@@ -89,15 +105,18 @@ def merge_lora_grouped_(
         lora_a: entry i ``[R, in_features]``; R may differ between entries.
         lora_b: entry i ``[out_features, R]``.
         coeff: entry i ``[R]``.
+        source: as for :func:`merge_kron_grouped_`.
 
     Empty lists do nothing.
 
     Raises:
         RuntimeError: as :func:`merge_kron_grouped_`. Nothing is written.
     """
-    if any(len(values) for values in (weight, lora_a, lora_b, coeff)):
+    if any(len(values) for values in (weight, lora_a, lora_b, coeff, source or ())):
         _require_entries("merge_lora_grouped_", weight)
-        torch.ops.alore_ext.merge_lora_grouped_(list(weight), list(lora_a), list(lora_b), list(coeff))
+        torch.ops.alore_ext.merge_lora_grouped_(
+            list(weight), list(lora_a), list(lora_b), list(coeff), None if source is None else list(source)
+        )
 
 
 def _require_entries(op: str, weight: Sequence[Tensor]) -> None:

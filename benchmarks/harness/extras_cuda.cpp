@@ -46,7 +46,7 @@ class MergeCase {
       const auto plan = kernels::plan_merge(shape, static_cast<size_t>(session.limits().shared_per_block));
       if (!plan.taken) throw std::runtime_error(plan.to_string());
       void* weight = target_.as<char>() + begin * p.c.dim * kernels::size_of(dtype_);
-      merges_.push_back({kernels::merge_entry(shape, plan, weight, enc, dec, scale), plan});
+      merges_.push_back({kernels::merge_entry(shape, plan, {weight, weight}, enc, dec, scale), plan});
       begin += rows;
     }
   }

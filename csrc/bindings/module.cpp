@@ -9,6 +9,7 @@
 
 #include "kernels/alore.h"
 #include "kernels/lora.h"
+#include "kernels/lora_grouped.h"
 #include "kernels/merge_plan.h"
 #include "kernels/plan.h"
 #include "ops/common.h"
@@ -118,6 +119,20 @@ alore::kernels::LoraPlan plan_lora(int64_t num_tokens, int64_t in_features, int6
                                    {num_processors, shared_bytes});
 }
 
+alore::kernels::LoraGroupedPlan plan_lora_grouped(int64_t num_samples, int64_t num_tokens,
+                                                  int64_t in_features, int64_t out_features,
+                                                  const std::vector<int64_t>& ranks, at::ScalarType dtype) {
+  std::vector<alore::kernels::LoraShape> shapes;
+  for (const int64_t rank : ranks) {
+    shapes.push_back({.num_tokens = num_tokens,
+                      .in_features = in_features,
+                      .out_features = out_features,
+                      .rank = rank,
+                      .activation = alore::ops::kernel_dtype(dtype)});
+  }
+  return alore::kernels::plan_lora_grouped(num_samples, shapes);
+}
+
 const char* path_name(alore::kernels::LoraPath path) { return alore::kernels::name_of(path); }
 
 }  // namespace
@@ -191,5 +206,15 @@ PYBIND11_MODULE(_C, m) {
   m.def("plan_lora", &plan_lora, py::arg("num_tokens"), py::arg("in_features"), py::arg("out_features"),
         py::arg("rank"), py::arg("dtype"), py::arg("weight_dtype"), py::arg("num_processors"),
         py::arg("shared_bytes"));
+  using alore::kernels::LoraGroupedPlan;
+  py::class_<LoraGroupedPlan>(m, "LoraGroupedPlan")
+      .def_readonly("fused", &LoraGroupedPlan::fused)
+      .def_readonly("reason", &LoraGroupedPlan::reason)
+      .def_readonly("refused", &LoraGroupedPlan::refused)
+      .def_readonly("rank_tiles", &LoraGroupedPlan::rank_tiles)
+      .def_readonly("workspace_bytes", &LoraGroupedPlan::workspace_bytes)
+      .def("__repr__", &LoraGroupedPlan::to_string);
+  m.def("plan_lora_grouped", &plan_lora_grouped, py::kw_only(), py::arg("num_samples"), py::arg("num_tokens"),
+        py::arg("in_features"), py::arg("out_features"), py::arg("ranks"), py::arg("dtype"));
   m.attr("MAX_WORKSPACE_BYTES") = alore::kernels::kMaxWorkspaceBytes;
 }

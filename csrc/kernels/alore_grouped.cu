@@ -14,7 +14,9 @@ namespace alore::kernels {
 namespace {
 
 constexpr int kGroupedThreads = kGroupedWarps * 32;
-constexpr int kEntries = 32;             // adapters of a launch
+// Adapters of a launch. Samples of another launch's adapters cost this one a block each that only reads its
+// index, so a table that takes all adapters of a large batch is worth its 15 KiB of parameters.
+constexpr int kEntries = 128;
 constexpr int kMaxRowChunks = 2048 / 8;  // of a row, in pieces of eight columns
 
 struct GroupedEntry {
@@ -49,8 +51,8 @@ struct GroupedParams {
   EntryTable table;
 };
 
-// What must fit CUDA's least limit on kernel parameters.
-static_assert(sizeof(GroupedParams<float, __half>) <= 4096);
+// What a kernel's parameters may take since CUDA 12.1, on sm_70 and later.
+static_assert(sizeof(GroupedParams<float, __half>) <= 32764);
 
 // base[0..dim) = the norm of a row, rounded as a norm of its own would be. One warp a row, all of it in
 // registers.
@@ -112,6 +114,16 @@ __device__ __forceinline__ void load_base(const GroupedParams<In, Out>& p, const
       }
       *reinterpret_cast<uint4*>(to + k * 8) = q;
     }
+  }
+}
+
+// Asks for the rows of a later tile while this one is worked on: one tile of loads at a time would leave the
+// memory idle during the products.
+template <typename In>
+__device__ __forceinline__ void prefetch_rows(const In* rows, int64_t elements) {
+  constexpr int kLine = 128 / sizeof(In);
+  for (int64_t i = int64_t{threadIdx.x} * kLine; i < elements; i += int64_t{kGroupedThreads} * kLine) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(rows + i));
   }
 }
 
@@ -274,6 +286,11 @@ __global__ void __launch_bounds__(kGroupedThreads, 2)
   for (int64_t tile = part; tile < tiles; tile += p.blocks_per_sample) {
     const int64_t from = (sample * p.tokens + tile * kTileRows) * p.dim;
     const int rows = static_cast<int>(min(p.tokens - tile * kTileRows, int64_t{kTileRows}));
+    if (const int64_t next = tile + p.blocks_per_sample; next < tiles) {
+      const int64_t left = (p.tokens - next * kTileRows) * p.dim;
+      prefetch_rows(p.x + (sample * p.tokens + next * kTileRows) * p.dim,
+                    min(left, int64_t{kTileRows} * p.dim));
+    }
     __syncthreads();  // factors and affine are there; the tile before is done with
     load_base(p, p.x + from, rows, weight, bias, base, warp, lane);
     __syncthreads();

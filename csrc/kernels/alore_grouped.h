@@ -43,7 +43,7 @@ struct AloreGroupedArgs {
   void* out;                               // like x, overwritten
 };
 
-// One launch for every 32 adapters. A sample without an adapter gets the base alone, or zeros without
+// One launch for every 128 adapters. A sample without an adapter gets the base alone, or zeros without
 // add_base; the kernel traps on an index that is neither. Needs plan.fused.
 void alore_grouped_forward(const CudaContext& context, int64_t num_samples,
                            std::span<const AloreShape> shapes, const AloreGroupedPlan& plan,

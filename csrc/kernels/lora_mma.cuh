@@ -22,6 +22,18 @@ struct Lane {
 // Feature, within its chunk, of column c of register i's matrix.
 __host__ __device__ constexpr int feature_of(int c, int i) { return (c >> 1) * 8 + 2 * i + (c & 1); }
 
+// Value k of the 16 bytes that a lane holds of a packed factor's tile: its rank row, of 8, and its feature,
+// of the chunk. The order "reduce" multiplies a chunk by the factor, "expand" a code.
+struct FactorPlace {
+  int row, feature;
+
+  __device__ __forceinline__ FactorPlace(bool expands, int lane, int k) {
+    const Lane at(lane);
+    row = expands ? 2 * at.q + (k & 1) : at.g;
+    feature = expands ? feature_of(at.g, k >> 1) : at.q * 8 + k;
+  }
+};
+
 // c[16 x 8] += a[16 x 16] b[16 x 8].
 template <typename T>
 __device__ __forceinline__ void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
@@ -65,6 +77,12 @@ __device__ __forceinline__ void unpack_pair(uint32_t v, float& low, float& high)
   high = convert<float>(b);
 }
 
+template <typename T>
+__device__ __forceinline__ uint4 rounded_eight(const float (&v)[8]) {
+  return {pack_pair<T>(v[0], v[1]), pack_pair<T>(v[2], v[3]), pack_pair<T>(v[4], v[5]),
+          pack_pair<T>(v[6], v[7])};
+}
+
 // sum[tile] += tokens x features times features x rank: `low` and `high` are a lane's loads of tokens g and
 // g + 8, f[tile] its packed factor (lora_pack, the order "reduce").
 template <typename T, int kTiles>
@@ -87,16 +105,20 @@ struct CodePair {
 // (v[i][0], v[i][1]) and of token g + 8. e[tile] is the lane's packed factor, the order "expand".
 template <typename T, int kTiles>
 __device__ __forceinline__ void expand_chunk(float (&v)[4][4], const CodePair<kTiles>& code, const uint4* e) {
-  const uint32_t first[4] = {e[0].x, e[0].y, e[0].z, e[0].w};
-  if constexpr (kTiles == 1) {
+  static_assert(kTiles == 1 || kTiles % 2 == 0);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) mma<T>(v[i], code.low[0], code.high[0], 0u, 0u, first[i], 0u);
-  } else {
-    static_assert(kTiles == 2);
-    const uint32_t second[4] = {e[1].x, e[1].y, e[1].z, e[1].w};
+  for (int tile = 0; tile < kTiles; tile += 2) {  // two of them are one product's k axis
+    const uint32_t first[4] = {e[tile].x, e[tile].y, e[tile].z, e[tile].w};
+    if constexpr (kTiles == 1) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      mma<T>(v[i], code.low[0], code.high[0], code.low[1], code.high[1], first[i], second[i]);
+      for (int i = 0; i < 4; ++i) mma<T>(v[i], code.low[0], code.high[0], 0u, 0u, first[i], 0u);
+    } else {
+      const uint32_t second[4] = {e[tile + 1].x, e[tile + 1].y, e[tile + 1].z, e[tile + 1].w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        mma<T>(v[i], code.low[tile], code.high[tile], code.low[tile + 1], code.high[tile + 1], first[i],
+               second[i]);
+      }
     }
   }
 }

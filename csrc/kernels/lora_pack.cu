@@ -68,12 +68,6 @@ void dispatch_pair(const LoraShape& s, F&& f) {
   });
 }
 
-template <typename T>
-__device__ __forceinline__ uint4 rounded_eight(const float (&v)[8]) {
-  return {pack_pair<T>(v[0], v[1]), pack_pair<T>(v[2], v[3]), pack_pair<T>(v[4], v[5]),
-          pack_pair<T>(v[6], v[7])};
-}
-
 // One thread a uint4 of the packed factors, then of [weight | b c] where that is wanted.
 template <typename T, typename Factor, int kTiles>
 __global__ void __launch_bounds__(kThreadsPerBlock)
@@ -111,15 +105,16 @@ __global__ void __launch_bounds__(kThreadsPerBlock)
   const int64_t in_factor = is_a ? index : index - 2 * size_a, size = is_a ? size_a : size_b;
   const bool expands = in_factor >= size;
   const int64_t within = expands ? in_factor - size : in_factor;
-  const auto [g, q] = Lane(static_cast<int>(within % 32));
+  const int lane = static_cast<int>(within % 32);
   const int tile = static_cast<int>(within / 32 % kTiles);
   const int64_t first = within / (32 * kTiles) * kChunk, features = is_a ? in_features : out_features;
 
   float v[8];
 #pragma unroll
   for (int k = 0; k < 8; ++k) {
-    const int j = tile * 8 + (expands ? 2 * q + (k & 1) : g);
-    const int64_t feature = first + (expands ? feature_of(g, k >> 1) : q * 8 + k);
+    const FactorPlace place(expands, lane, k);
+    const int j = tile * 8 + place.row;
+    const int64_t feature = first + place.feature;
     v[k] = 0.0f;
     if (j >= rank || feature >= features) continue;
     // A to reduce x keeps masked rows, whose code the coefficients' gradient needs.

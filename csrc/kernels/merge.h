@@ -1,6 +1,8 @@
-// In-place merges of many adapters in one launch (merge_plan.h says what a merge is):
+// Merges of many adapters in one launch (merge_plan.h says what a merge is):
 //   token <- token + token @ W',  W' = sum_e kron(scale[e], enc[e] @ dec[e]),  or  token <- token + code @
 //   dec.
+// In place, or from a source of the target's shape, dtype and strides, of which the target then holds the
+// merge. A source shares no memory with any target of the launch, unless it is its own entry's target.
 // Products and sums in float32 (float64 for float64 targets) over factors that are not rounded, and one
 // rounding to the target's dtype. The order of every sum depends on the shapes alone: the same bits whatever
 // the layout, the alignment, and the other entries of the launch.
@@ -19,10 +21,16 @@ struct MergeFactor {
   int32_t stride_e = 0, stride_x = 0, stride_k = 0;
 };
 
+// Where a merge writes, and where it reads: the same address in place.
+struct MergeMemory {
+  void* target = nullptr;
+  const void* source = nullptr;
+};
+
 // One merge of a launch. `enc` and `dec` are those of the map over tokens: for side "before" up and down with
 // their axes swapped.
 struct MergeEntry {
-  void* target = nullptr;
+  MergeMemory memory;
   int64_t token_stride = 0, element_stride = 0;
   MergeFactor enc;    // [num_experts, p_in, rank]; low_rank: B, [num_tokens, rank] as (x, k)
   MergeFactor dec;    // [num_experts, p_out, rank]; low_rank: A^T, [token, rank] as (x, k)
@@ -38,7 +46,7 @@ struct MergeEntry {
 };
 
 // The entry of one merge whose plan says that it is taken. Pure: reads nothing behind the pointers.
-MergeEntry merge_entry(const MergeShape& shape, const MergePlan& plan, void* target, MergeFactor enc,
+MergeEntry merge_entry(const MergeShape& shape, const MergePlan& plan, MergeMemory memory, MergeFactor enc,
                        MergeFactor dec, MergeFactor scale);
 
 // As many as fit into the 4 KiB of a kernel's parameters, which every toolkit allows.

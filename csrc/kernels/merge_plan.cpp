@@ -80,10 +80,10 @@ MergePlan plan_merge(const MergeShape& s, size_t shared_limit) {
   return plan;
 }
 
-MergeEntry merge_entry(const MergeShape& s, const MergePlan& plan, void* target, MergeFactor enc,
+MergeEntry merge_entry(const MergeShape& s, const MergePlan& plan, MergeMemory memory, MergeFactor enc,
                        MergeFactor dec, MergeFactor scale) {
   MergeEntry entry;
-  entry.target = target;
+  entry.memory = memory;
   entry.token_stride = s.token_stride;
   entry.element_stride = s.element_stride;
   entry.enc = enc;
@@ -104,7 +104,8 @@ MergeEntry merge_entry(const MergeShape& s, const MergePlan& plan, void* target,
   // A vector lies within one block of one token, or within one element of a tile's tokens, and starts at a
   // multiple of 16 bytes.
   const int64_t vector = merge_vector(s.target);
-  const bool aligned = reinterpret_cast<uintptr_t>(target) % 16 == 0;
+  const bool aligned = reinterpret_cast<uintptr_t>(memory.target) % 16 == 0 &&
+                       reinterpret_cast<uintptr_t>(memory.source) % 16 == 0;
   entry.vectors =
       aligned && (plan.rows ? s.element_stride == 1 && s.p_in % vector == 0 && s.p_out % vector == 0 &&
                                   (s.num_tokens == 1 || s.token_stride % vector == 0)

@@ -1,10 +1,9 @@
-// How one in-place merge runs on a GPU: a pure function of shape, dtypes, strides and the shared memory that
+// How one merge runs on a GPU: a pure function of shape, dtypes, strides and the shared memory that
 // a block may have. It touches no device, so a test can print it and assert it at its boundaries.
 //
-// A merge is a map over the tokens of a matrix, written back in place: token <- token + token @ W'. The rows
-// of a weight are tokens of the transposed map (side "before"), its columns and the bias tokens of the map
-// itself ("after"). A low-rank merge, W <- W + B diag(coeff) A, has the rows of W as its tokens and B's rows
-// as their codes.
+// A merge is a map over the tokens of a matrix: token <- token + token @ W'. The rows of a weight are tokens
+// of the transposed map (side "before"), its columns and the bias tokens of the map itself ("after"). A
+// low-rank merge, W <- W + B diag(coeff) A, has the rows of W as its tokens and B's rows as their codes.
 #pragma once
 
 #include <cstddef>

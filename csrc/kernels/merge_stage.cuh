@@ -120,11 +120,12 @@ struct MergeStage {
   }
 
   // Calls f(staged, global, count) for every N neighbours of the chunk [x0, x0 + kMergeChunk) of every block:
-  // the first `count` of them, 0 to N, are there in the target; with none, `global` is any address of it.
-  template <int N, typename F>
-  __device__ void walk(int blocks, int p, int x0, F&& f) const {
+  // the first `count` of them, 0 to N, are there in `data`, the entry's source or target; with none, `global`
+  // is any address of it.
+  template <int N, typename Global, typename F>
+  __device__ void walk(Global* data, int blocks, int p, int x0, F&& f) const {
     const int rows = blocks * tokens, valid = p - x0;
-    T* target = static_cast<T*>(entry.target) + token0 * entry.token_stride;
+    data += token0 * entry.token_stride;
     if constexpr (kAlong) {
       constexpr int kPerRow = kMergeChunk / N;
 #pragma unroll 1  // asynchronous copies do not wait for each other, and registers are short
@@ -132,8 +133,7 @@ struct MergeStage {
         const int r = i / kPerRow, x = i % kPerRow * N;
         const int block = block_of(r), t = r - block * tokens;
         const int count = t < live && x < valid ? N : 0;
-        f(stage + stage_index(r, x, rows), target + (count > 0 ? offset<N>(t, block * p + x0 + x) : 0),
-          count);
+        f(stage + stage_index(r, x, rows), data + (count > 0 ? offset<N>(t, block * p + x0 + x) : 0), count);
       }
     } else {
 #pragma unroll 1
@@ -143,7 +143,7 @@ struct MergeStage {
 #pragma unroll 1
         for (int x = thread / 32; x < kMergeChunk; x += kMergeThreads / 32) {
           const int count = x < valid ? there : 0;
-          f(stage + stage_index(r, x, rows), target + (count > 0 ? offset<N>(t, block * p + x0 + x) : 0),
+          f(stage + stage_index(r, x, rows), data + (count > 0 ? offset<N>(t, block * p + x0 + x) : 0),
             count);
         }
       }
@@ -152,7 +152,8 @@ struct MergeStage {
 
   template <int N>
   __device__ void load_chunk(int blocks, int p, int x0) const {
-    walk<N>(blocks, p, x0, [](T* staged, const T* global, int count) {
+    const auto* source = static_cast<const T*>(entry.memory.source);
+    walk<N>(source, blocks, p, x0, [](T* staged, const T* global, int count) {
       if constexpr (N > 1) {
         if (kAlong || count == N || count == 0) return copy_async_16(staged, global, count != 0);
       }
@@ -165,12 +166,12 @@ struct MergeStage {
 
   template <int N>
   __device__ void store_chunk(int blocks, int p, int x0) const {
-    walk<N>(blocks, p, x0, [](const T* staged, T* global, int count) {
+    auto* target = static_cast<T*>(entry.memory.target);
+    walk<N>(target, blocks, p, x0, [](const T* staged, T* global, int count) {
       if constexpr (N > 1) {
-        if (count == N) {
-          *reinterpret_cast<Vector*>(global) = *reinterpret_cast<const Vector*>(staged);
-          return;
-        }
+        // Streamed: nobody reads it again here, and the L2 cache has the sources to keep.
+        if (count == N)
+          return __stcs(reinterpret_cast<uint4*>(global), *reinterpret_cast<const uint4*>(staged));
       }
       if constexpr (N == 1 || !kAlong) {
         for (int i = 0; i < count; ++i) global[i] = staged[i];

@@ -49,28 +49,30 @@ void merge_lora_autograd(const Tensor& weight, const Tensor& lora_a, const Tenso
 }
 
 void merge_kron_grouped_autograd(TensorList weight, TensorList bias, at::IntArrayRef bias_of,
-                                 TensorList scale, TensorList down, TensorList up, const Strings& side) {
+                                 TensorList scale, TensorList down, TensorList up, const Strings& side,
+                                 OptTensorList source) {
   constexpr const char* op = "merge_kron_grouped_";
-  refuse_recording(op, weight, bias, scale, down, up);
+  refuse_recording(op, weight, bias, scale, down, up, source.value_or(TensorList()));
   for (size_t i = 0; i < weight.size(); ++i) refuse_inference(op, weight[i], "weight[", i, "]");
   for (size_t j = 0; j < bias.size() && j < bias_of.size(); ++j) {
     refuse_inference(op, bias[j], "bias[", bias_of[j], "]");
   }
   {
     const at::AutoDispatchBelowADInplaceOrView below;
-    merge_kron_grouped__op().call(weight, bias, bias_of, scale, down, up, side);
+    merge_kron_grouped__op().call(weight, bias, bias_of, scale, down, up, side, source);
   }
   for (const Tensor& t : weight) bump_version(t);
   for (const Tensor& t : bias) bump_version(t);
 }
 
-void merge_lora_grouped_autograd(TensorList weight, TensorList lora_a, TensorList lora_b, TensorList coeff) {
+void merge_lora_grouped_autograd(TensorList weight, TensorList lora_a, TensorList lora_b, TensorList coeff,
+                                 OptTensorList source) {
   constexpr const char* op = "merge_lora_grouped_";
-  refuse_recording(op, weight, lora_a, lora_b, coeff);
+  refuse_recording(op, weight, lora_a, lora_b, coeff, source.value_or(TensorList()));
   for (size_t i = 0; i < weight.size(); ++i) refuse_inference(op, weight[i], "weight[", i, "]");
   {
     const at::AutoDispatchBelowADInplaceOrView below;
-    merge_lora_grouped__op().call(weight, lora_a, lora_b, coeff);
+    merge_lora_grouped__op().call(weight, lora_a, lora_b, coeff, source);
   }
   for (const Tensor& t : weight) bump_version(t);
 }

@@ -2,38 +2,47 @@
 
 #include <ATen/MemoryOverlap.h>
 
+#include <ostream>
+
 namespace alore::ops {
+
+std::ostream& operator<<(std::ostream& out, const OpName& name) {
+  out << name.op;
+  if (name.member != nullptr) out << ": " << name.member << " " << name.index;
+  return out;
+}
+
 namespace {
 
 bool is_half(at::ScalarType t) { return t == at::kBFloat16 || t == at::kHalf; }
 
 bool is_supported(at::ScalarType t) { return is_half(t) || t == at::kFloat || t == at::kDouble; }
 
-void check_activation(const char* op, const Tensor& x) {
+void check_activation(const OpName& op, const Tensor& x) {
   TORCH_CHECK(is_supported(x.scalar_type()), op, ": x must be float64, float32, bfloat16 or float16, got ",
               x.scalar_type());
   TORCH_CHECK(x.dim() >= 1, op, ": x must have at least one axis, got a scalar");
 }
 
-void check_device(const char* op, const char* name, const Tensor& t, const Tensor& x) {
+void check_device(const OpName& op, const char* name, const Tensor& t, const Tensor& x) {
   TORCH_CHECK(t.device() == x.device(), op, ": ", name, " must be on x's device ", x.device(), ", got ",
               t.device());
   TORCH_CHECK(t.layout() == at::kStrided, op, ": ", name, " must be a dense tensor, got layout ", t.layout());
 }
 
 // Factors are in x's dtype, or in float32 under a 16-bit x.
-void check_factor_dtype(const char* op, const char* name, at::ScalarType got, at::ScalarType x) {
+void check_factor_dtype(const OpName& op, const char* name, at::ScalarType got, at::ScalarType x) {
   TORCH_CHECK(got == x || (is_half(x) && got == at::kFloat), op, ": ", name, " must be ", x,
               is_half(x) ? " (x's dtype) or Float" : " (x's dtype)", ", got ", got);
 }
 
-void check_same_dtype(const char* op, const char* name, const Tensor& t, const char* other_name,
+void check_same_dtype(const OpName& op, const char* name, const Tensor& t, const char* other_name,
                       const Tensor& other) {
   TORCH_CHECK(t.scalar_type() == other.scalar_type(), op, ": ", name, " must have ", other_name, "'s dtype ",
               other.scalar_type(), ", got ", t.scalar_type());
 }
 
-void check_kron_factors(const char* op, const Tensor& scale, const Tensor& down, const Tensor& up) {
+void check_kron_factors(const OpName& op, const Tensor& scale, const Tensor& down, const Tensor& up) {
   TORCH_CHECK(scale.dim() == 3, op, ": scale must be [num_experts, s_in, s_out], got ", scale.sym_sizes());
   TORCH_CHECK(down.dim() == 3, op, ": down must be [num_experts, p_in, rank], got ", down.sym_sizes());
   TORCH_CHECK(up.dim() == 3, op, ": up must be [num_experts, rank, p_out], got ", up.sym_sizes());
@@ -50,7 +59,7 @@ void check_kron_factors(const char* op, const Tensor& scale, const Tensor& down,
   check_same_dtype(op, "up", up, "scale", scale);
 }
 
-void check_optional_vector(const char* op, const char* name, const OptTensor& v, const c10::SymInt& size,
+void check_optional_vector(const OpName& op, const char* name, const OptTensor& v, const c10::SymInt& size,
                            const Tensor& x) {
   if (!v.has_value() || !v->defined()) return;
   TORCH_CHECK(v->dim() == 1 && v->sym_size(0) == size, op, ": ", name, " must be [", size, "], got ",
@@ -58,7 +67,7 @@ void check_optional_vector(const char* op, const char* name, const OptTensor& v,
   check_device(op, name, *v, x);
 }
 
-void check_lora_factors(const char* op, const Tensor& weight, const Tensor& lora_a, const Tensor& lora_b,
+void check_lora_factors(const OpName& op, const Tensor& weight, const Tensor& lora_a, const Tensor& lora_b,
                         const Tensor& coeff, Coeff rule) {
   TORCH_CHECK(weight.dim() == 2 && weight.sym_size(0) > 0 && weight.sym_size(1) > 0, op,
               ": weight must be [out_features, in_features] with no empty axis, got ", weight.sym_sizes());
@@ -84,14 +93,14 @@ void check_lora_factors(const char* op, const Tensor& weight, const Tensor& lora
   check_device(op, "coeff", coeff, weight);
 }
 
-void check_no_overlap(const char* op, const char* name, const Tensor& t) {
+void check_no_overlap(const OpName& op, const char* name, const Tensor& t) {
   TORCH_CHECK(
       at::has_internal_overlap(t) != at::MemOverlap::Yes, op, ": ", name,
       " must not overlap itself in memory (an expanded tensor cannot be written in place), got strides ",
       t.sym_strides());
 }
 
-void check_merge_target(const char* op, const Tensor& weight) {
+void check_merge_target(const OpName& op, const Tensor& weight) {
   TORCH_CHECK(weight.dim() == 2, op, ": weight must be [out_features, in_features], got ",
               weight.sym_sizes());
   TORCH_CHECK(is_supported(weight.scalar_type()), op,
@@ -99,7 +108,7 @@ void check_merge_target(const char* op, const Tensor& weight) {
   check_no_overlap(op, "weight", weight);
 }
 
-void check_named_grad(const char* op, const char* name, const Tensor& grad, c10::SymIntArrayRef sizes,
+void check_named_grad(const OpName& op, const char* name, const Tensor& grad, c10::SymIntArrayRef sizes,
                       const Tensor& like, at::ScalarType dtype) {
   TORCH_CHECK(grad.sym_sizes() == sizes, op, ": ", name, " must be ", sizes, ", got ", grad.sym_sizes());
   TORCH_CHECK(grad.scalar_type() == dtype, op, ": ", name, " must be ", dtype, ", got ", grad.scalar_type());
@@ -108,7 +117,7 @@ void check_named_grad(const char* op, const char* name, const Tensor& grad, c10:
 
 }  // namespace
 
-void check_floating(const char* op, const char* name, const Tensor& t) {
+void check_floating(const OpName& op, const char* name, const Tensor& t) {
   TORCH_CHECK(is_supported(t.scalar_type()), op, ": ", name,
               " must be float64, float32, bfloat16 or float16, got ", t.scalar_type());
 }
@@ -139,7 +148,7 @@ Tensor flatten_tokens(const Tensor& x) {
   return x.contiguous().view({width == 0 ? 0 : x.numel() / width, width});
 }
 
-void check_kron(const char* op, const Tensor& x, const Tensor& scale, const Tensor& down, const Tensor& up,
+void check_kron(const OpName& op, const Tensor& x, const Tensor& scale, const Tensor& down, const Tensor& up,
                 Width width_rule) {
   check_activation(op, x);
   check_kron_factors(op, scale, down, up);
@@ -157,7 +166,7 @@ void check_kron(const char* op, const Tensor& x, const Tensor& scale, const Tens
   }
 }
 
-void check_dropout(const char* op, const Tensor& x, const OptTensor& seed, double p) {
+void check_dropout(const OpName& op, const Tensor& x, const OptTensor& seed, double p) {
   TORCH_CHECK(p >= 0.0 && p < 1.0, op, ": dropout_p must be in [0, 1), got ", p);
   // A seed that no one reads is checked as well: its device takes part in choosing the kernel.
   if (p == 0.0 && !(seed.has_value() && seed->defined())) return;
@@ -167,7 +176,7 @@ void check_dropout(const char* op, const Tensor& x, const OptTensor& seed, doubl
   check_device(op, "seed", *seed, x);
 }
 
-void check_layer_norm(const char* op, const Tensor& x, const OptTensor& weight, const OptTensor& bias,
+void check_layer_norm(const OpName& op, const Tensor& x, const OptTensor& weight, const OptTensor& bias,
                       double eps, std::optional<at::ScalarType> out_dtype) {
   const c10::SymInt width = x.sym_size(-1);
   check_optional_vector(op, "weight", weight, width, x);
@@ -186,7 +195,7 @@ void check_layer_norm(const char* op, const Tensor& x, const OptTensor& weight, 
   }
 }
 
-void check_statistics(const char* op, const Tensor& x, const Tensor& mean, const Tensor& rstd) {
+void check_statistics(const OpName& op, const Tensor& x, const Tensor& mean, const Tensor& rstd) {
   const auto leading = x.sym_sizes().slice(0, x.dim() - 1);
   const auto acc = accumulate_type(x.scalar_type());
   for (const auto& [name, t] : {std::pair{"mean", &mean}, {"rstd", &rstd}}) {
@@ -196,7 +205,7 @@ void check_statistics(const char* op, const Tensor& x, const Tensor& mean, const
   }
 }
 
-void check_norm_forward(const char* op, const Tensor& x, const OptTensor& residual, const OptTensor& weight,
+void check_norm_forward(const OpName& op, const Tensor& x, const OptTensor& residual, const OptTensor& weight,
                         const OptTensor& bias, double eps, const Tensor& scale, const Tensor& down,
                         const Tensor& up, const OptTensor& seed, double dropout_p,
                         std::optional<at::ScalarType> out_dtype) {
@@ -226,7 +235,7 @@ void check_norm_backward(const Tensor& grad_out, const Tensor& x, const OptTenso
   }
 }
 
-void check_lora(const char* op, const Tensor& x, const Tensor& weight, const OptTensor& bias,
+void check_lora(const OpName& op, const Tensor& x, const Tensor& weight, const OptTensor& bias,
                 const Tensor& lora_a, const Tensor& lora_b, const Tensor& coeff, Coeff rule) {
   check_activation(op, x);
   check_device(op, "weight", weight, x);
@@ -241,7 +250,7 @@ void check_lora(const char* op, const Tensor& x, const Tensor& weight, const Opt
   check_factor_dtype(op, "lora_a", lora_a.scalar_type(), x.scalar_type());
 }
 
-void check_merge_kron(const char* op, const Tensor& weight, const OptTensor& bias, const Tensor& scale,
+void check_merge_kron(const OpName& op, const Tensor& weight, const OptTensor& bias, const Tensor& scale,
                       const Tensor& down, const Tensor& up, std::string_view side) {
   check_merge_target(op, weight);
   TORCH_CHECK(side == "before" || side == "after", op, ": side must be \"before\" or \"after\", got \"", side,
@@ -263,19 +272,19 @@ void check_merge_kron(const char* op, const Tensor& weight, const OptTensor& bia
   }
 }
 
-void check_merge_lora(const char* op, const Tensor& weight, const Tensor& lora_a, const Tensor& lora_b,
+void check_merge_lora(const OpName& op, const Tensor& weight, const Tensor& lora_a, const Tensor& lora_b,
                       const Tensor& coeff) {
   check_merge_target(op, weight);
   check_lora_factors(op, weight, lora_a, lora_b, coeff, Coeff::kPerRow);
   check_floating(op, "lora_a", lora_a);
 }
 
-void check_grad(const char* op, const Tensor& grad_out, c10::SymIntArrayRef sizes, const Tensor& like,
+void check_grad(const OpName& op, const Tensor& grad_out, c10::SymIntArrayRef sizes, const Tensor& like,
                 at::ScalarType dtype) {
   check_named_grad(op, "grad_out", grad_out, sizes, like, dtype);
 }
 
-void check_norm_grad(const char* op, const Tensor& grad_out, const Tensor& x) {
+void check_norm_grad(const OpName& op, const Tensor& grad_out, const Tensor& x) {
   const auto got = grad_out.scalar_type();
   TORCH_CHECK(got == x.scalar_type() || (x.scalar_type() == at::kFloat && is_half(got)), op,
               ": grad_out must be ", x.scalar_type(), " (x's dtype), or 16-bit for a Float x; got ", got);

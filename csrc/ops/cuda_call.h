@@ -1,11 +1,12 @@
 // What every launch from torch tensors needs: the stream and cuBLAS handle, the device's limits, workspaces,
-// raw pointers.
+// raw pointers, the base product of the low-rank linears.
 #pragma once
 
 #include <ATen/cuda/CUDAContext.h>
 
 #include "kernels/alore.h"
 #include "kernels/context.h"
+#include "kernels/gemm.h"
 #include "ops/common.h"
 
 namespace alore::ops {
@@ -35,6 +36,16 @@ inline OptTensor contiguous(const OptTensor& t) {
 inline Tensor aligned(const Tensor& t) {
   if (!t.defined() || reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0) return t;
   return t.clone();
+}
+
+// out += x @ weight^T (forward) or out += grad @ weight (backward), in the activations' dtype.
+inline void add_base_product(const kernels::CudaContext& context, const Tensor& rows, const Tensor& weight,
+                             bool transposed, const Tensor& out) {
+  const Tensor w = weight.contiguous();
+  kernels::gemm(context, kernels::Op::kNone, transposed ? kernels::Op::kTranspose : kernels::Op::kNone,
+                rows.size(0), out.size(1), rows.size(1), kernel_dtype(rows.scalar_type()), read(rows),
+                rows.size(1), read(w), w.size(1), 1.0f, kernel_dtype(rows.scalar_type()), write(out),
+                out.size(1));
 }
 
 inline kernels::DeviceLimits device_limits() {

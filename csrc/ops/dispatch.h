@@ -48,9 +48,9 @@ ALORE_OP(masked_lora_linear_backward,
 ALORE_OP(merge_kron_,
          void(const Tensor&, const OptTensor&, const Tensor&, const Tensor&, const Tensor&, std::string_view))
 ALORE_OP(merge_lora_, void(const Tensor&, const Tensor&, const Tensor&, const Tensor&))
-ALORE_OP(merge_kron_grouped_,
-         void(TensorList, TensorList, at::IntArrayRef, TensorList, TensorList, TensorList, const Strings&))
-ALORE_OP(merge_lora_grouped_, void(TensorList, TensorList, TensorList, TensorList))
+ALORE_OP(merge_kron_grouped_, void(TensorList, TensorList, at::IntArrayRef, TensorList, TensorList,
+                                   TensorList, const Strings&, OptTensorList))
+ALORE_OP(merge_lora_grouped_, void(TensorList, TensorList, TensorList, TensorList, OptTensorList))
 ALORE_OP(kron_linear_grouped, Tensor(const Tensor&, TensorList, TensorList, TensorList, const Tensor&))
 ALORE_OP(alore_grouped, Tensor(const Tensor&, TensorList, TensorList, TensorList, const Tensor&))
 ALORE_OP(layer_norm_alore_grouped,

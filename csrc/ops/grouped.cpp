@@ -104,7 +104,7 @@ Tensor compose_lora_grouped(const LoraGrouped& call) {
   assert_index(call.op, call.index, static_cast<int64_t>(call.lora_a.size()));
   const auto dtype = call.x.scalar_type(), acc = accumulate_type(dtype);
   const Tensor slot = call.index.clamp_min(0);
-  const Tensor base = at::linear(call.x, call.weight.to(dtype), call.bias);
+  Tensor base = at::linear(call.x, call.weight.to(dtype), call.bias);
   const Tensor coeff = gather(call.coeff.vec(), slot, acc).masked_fill((call.index < 0).unsqueeze(1), 0);
   // Exact zeros where nothing is to be added, even under factors that are not finite.
   const Tensor dead = coeff == 0;
@@ -112,7 +112,7 @@ Tensor compose_lora_grouped(const LoraGrouped& call) {
   const Tensor b =
       (gather(call.lora_b.vec(), slot, acc) * coeff.unsqueeze(1)).masked_fill(dead.unsqueeze(1), 0);
   const Tensor code = at::bmm(call.x, a.to(dtype).transpose(1, 2));
-  return at::baddbmm(base, code, b.to(dtype).transpose(1, 2)).contiguous();
+  return base.baddbmm_(code, b.to(dtype).transpose(1, 2)).contiguous();
 }
 
 namespace {

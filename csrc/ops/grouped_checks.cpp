@@ -1,16 +1,10 @@
 // Checks of the ops that take one adapter a sample, their shapes without data, and what autograd must know of
 // them.
-#include <string>
-
 #include "ops/autograd.h"
 #include "ops/grouped.h"
 
 namespace alore::ops {
 namespace {
-
-std::string adapter_name(const char* op, size_t i) {
-  return std::string(op) + ": adapter " + std::to_string(i);
-}
 
 void check_length(const char* op, const char* name, size_t got, const char* of, size_t expected) {
   TORCH_CHECK(got == expected, op, ": ", name, " must have as many adapters as ", of, ", ", expected,
@@ -27,7 +21,7 @@ void check_index(const char* op, const Tensor& x, const Tensor& index) {
 }
 
 // Square block by block, so that a sample's result is as wide as the sample whatever its adapter.
-void check_square(const char* op, const Tensor& scale, const Tensor& down, const Tensor& up) {
+void check_square(const OpName& op, const Tensor& scale, const Tensor& down, const Tensor& up) {
   TORCH_CHECK(scale.sym_size(1) == scale.sym_size(2), op, ": scale must be [num_experts, s, s], got ",
               scale.sym_sizes());
   TORCH_CHECK(down.sym_size(1) == up.sym_size(2), op,
@@ -44,9 +38,9 @@ void check_kron_grouped(const char* op, const Tensor& x, TensorList scale, Tenso
   check_length(op, "down", down.size(), "scale", scale.size());
   check_length(op, "up", up.size(), "scale", scale.size());
   for (size_t i = 0; i < scale.size(); ++i) {
-    const std::string name = adapter_name(op, i);
-    check_kron(name.c_str(), x, scale[i], down[i], up[i], Width::kAny);
-    check_square(name.c_str(), scale[i], down[i], up[i]);
+    const OpName name(op, "adapter", i);
+    check_kron(name, x, scale[i], down[i], up[i], Width::kAny);
+    check_square(name, scale[i], down[i], up[i]);
   }
 }
 
@@ -66,7 +60,7 @@ void check_lora_grouped(const Tensor& x, const Tensor& weight, const OptTensor& 
   check_length(op, "lora_b", lora_b.size(), "lora_a", lora_a.size());
   check_length(op, "coeff", coeff.size(), "lora_a", lora_a.size());
   for (size_t i = 0; i < lora_a.size(); ++i) {
-    check_lora(adapter_name(op, i).c_str(), x, weight, bias, lora_a[i], lora_b[i], coeff[i], Coeff::kPerRow);
+    check_lora({op, "adapter", i}, x, weight, bias, lora_a[i], lora_b[i], coeff[i], Coeff::kPerRow);
   }
 }
 

@@ -66,12 +66,14 @@ TORCH_LIBRARY(alore_ext, m) {
   m.def("merge_lora_(Tensor(a!) weight, Tensor lora_a, Tensor lora_b, Tensor coeff) -> ()");
   // The same for many layers at once: entry i of every list belongs together, bias[j] to entry bias_of[j].
   // (Not a Tensor?[]: torch's functionalization fails on a None in a list that is written.) At least one
-  // entry.
+  // entry. With `source`, weight[i] becomes the merge of source[i] and its old values are not read.
   m.def(
       "merge_kron_grouped_(Tensor(a!)[] weight, Tensor(b!)[] bias, int[] bias_of, Tensor[] scale, Tensor[] "
       "down,"
-      " Tensor[] up, str[] side) -> ()");
-  m.def("merge_lora_grouped_(Tensor(a!)[] weight, Tensor[] lora_a, Tensor[] lora_b, Tensor[] coeff) -> ()");
+      " Tensor[] up, str[] side, Tensor[]? source=None) -> ()");
+  m.def(
+      "merge_lora_grouped_(Tensor(a!)[] weight, Tensor[] lora_a, Tensor[] lora_b, Tensor[] coeff,"
+      " Tensor[]? source=None) -> ()");
 
   // One adapter a sample (axis 0 of x): entry i of the lists is adapter i, index [batch] int64 names each
   // sample's, -1 none. Inference only.

@@ -5,7 +5,6 @@
 
 #include <mutex>
 
-#include "kernels/gemm.h"
 #include "ops/backend_cuda.h"
 #include "ops/cuda_call.h"
 #include "ops/lora.h"
@@ -73,15 +72,6 @@ struct Operands {
     return known;
   }
 };
-
-// out += x @ weight^T (forward) or out += grad @ weight (backward), in the activations' dtype.
-void add_base_product(const CudaContext& context, const Tensor& rows, const Tensor& weight, bool transposed,
-                      const Tensor& out) {
-  const Tensor w = weight.contiguous();
-  kernels::gemm(context, Op::kNone, transposed ? Op::kTranspose : Op::kNone, rows.size(0), out.size(1),
-                rows.size(1), kernel_dtype(rows.scalar_type()), read(rows), rows.size(1), read(w), w.size(1),
-                1.0f, kernel_dtype(rows.scalar_type()), write(out), out.size(1));
-}
 
 // The general side path's operands: padded factors and c, by one kernel.
 struct PackedRows {

@@ -47,13 +47,14 @@ kernels::MergeShape merge_shape(const MergeTarget& t) {
   return s;
 }
 
-// The entry of a target whose factors are contiguous: scale [E, s_in, s_out], down [E, p_in, r],
-// up [E, r, p_out], in the adapter's own orientation; or coeff [R], lora_b [out, R], lora_a [R, in].
+// The entry of a target whose factors are contiguous and whose source has the strides of its tokens: scale
+// [E, s_in, s_out], down [E, p_in, r], up [E, r, p_out], in the adapter's own orientation; or coeff [R],
+// lora_b [out, R], lora_a [R, in].
 kernels::MergeEntry merge_entry(const MergeTarget& t, const kernels::MergeShape& s,
                                 const kernels::MergePlan& plan) {
-  void* target = t.tokens.mutable_data_ptr();
+  const kernels::MergeMemory memory{t.tokens.mutable_data_ptr(), t.source.const_data_ptr()};
   if (s.low_rank) {
-    return kernels::merge_entry(s, plan, target, factor_view(t.second, 0, s.rank, 1),
+    return kernels::merge_entry(s, plan, memory, factor_view(t.second, 0, s.rank, 1),
                                 factor_view(t.third, 0, 1, s.p_out), factor_view(t.first, 0, 0, 1));
   }
   const int64_t columns = t.first.size(2), p_in = t.second.size(1), p_out = t.third.size(2);
@@ -61,32 +62,36 @@ kernels::MergeEntry merge_entry(const MergeTarget& t, const kernels::MergeShape&
   const MergeFactor up = factor_view(t.third, s.rank * p_out, 1, p_out);
   const int64_t expert = t.first.size(1) * columns;
   return t.transposed
-             ? kernels::merge_entry(s, plan, target, up, down, factor_view(t.first, expert, 1, columns))
-             : kernels::merge_entry(s, plan, target, down, up, factor_view(t.first, expert, columns, 1));
+             ? kernels::merge_entry(s, plan, memory, up, down, factor_view(t.first, expert, 1, columns))
+             : kernels::merge_entry(s, plan, memory, down, up, factor_view(t.first, expert, columns, 1));
 }
 
 constexpr std::array kTargetTypes{DType::kFloat64, DType::kFloat32, DType::kBFloat16, DType::kFloat16};
 
+void make_contiguous(Tensor& t) {
+  if (!t.is_contiguous()) t = t.contiguous();
+}
+
 }  // namespace
 
-void launch_merges(const MergeTargets& targets) {
+void launch_merges(MergeTargets targets) {
   if (targets.empty()) return;
   const c10::cuda::CUDAGuard device(targets[0].tokens.device());
   const size_t shared_limit = at::cuda::getCurrentDeviceProperties()->sharedMemPerBlockOptin;
   std::array<std::vector<kernels::PlannedMerge>, kTargetTypes.size()> planned;
-  MergeTargets contiguous;  // keeps the factors that the entries point to
-  contiguous.reserve(targets.size());
-  for (const MergeTarget& target : targets) {
+  for (MergeTarget& target : targets) {  // they live until the launch: entries point into their tensors
+    match_layout(target);
     const auto shape = merge_shape(target);
     const auto plan = kernels::plan_merge(shape, shared_limit);
     if (!plan.taken) {
       compose_merge(target);
       continue;
     }
-    contiguous.push_back({target.map, target.tokens, target.first.contiguous(), target.second.contiguous(),
-                          target.third.contiguous(), target.transposed});
+    make_contiguous(target.first);
+    make_contiguous(target.second);
+    make_contiguous(target.third);
     const auto type = std::find(kTargetTypes.begin(), kTargetTypes.end(), shape.target);
-    planned[type - kTargetTypes.begin()].push_back({merge_entry(contiguous.back(), shape, plan), plan});
+    planned[type - kTargetTypes.begin()].push_back({merge_entry(target, shape, plan), plan});
   }
   const auto stream = at::cuda::getCurrentCUDAStream().stream();
   for (size_t i = 0; i < kTargetTypes.size(); ++i) {
@@ -96,7 +101,7 @@ void launch_merges(const MergeTargets& targets) {
   // The kernels write through raw pointers. Outside inference mode the autograd kernels above count the
   // change.
   if (!c10::InferenceMode::is_enabled()) return;
-  for (const MergeTarget& target : contiguous) {
+  for (const MergeTarget& target : targets) {
     if (!target.tokens.is_inference()) target.tokens.unsafeGetTensorImpl()->bump_version();
   }
 }

@@ -174,6 +174,21 @@ def merge_calls(device="cpu", dtype=torch.float64, factor_dtype=None):
             namespace.merge_lora_grouped_,
             [[weight.clone(), weight.clone()], *([factor] * 2 for factor in low_rank)],
         ),
+        "merge_kron_grouped_-source": (
+            namespace.merge_kron_grouped_,
+            [
+                [torch.full_like(weight, torch.nan) for _ in range(2)],
+                [bias.clone()],
+                [1],
+                *([factor] * 2 for factor in factors),
+                ["before", "after"],
+                [weight.clone(), weight.clone()],
+            ],
+        ),
+        "merge_lora_grouped_-source": (
+            namespace.merge_lora_grouped_,
+            [[torch.full_like(weight, torch.nan)], *([factor] for factor in low_rank), [weight.clone()]],
+        ),
     }
 
 
@@ -186,6 +201,10 @@ def grouped_calls(device="cpu", dtype=torch.float64, factor_dtype=None):
     adapters = [[*pair] for pair in zip([*kron.values()][1:], more, strict=True)]
     larger = [*lora_args((12, 9, 4), (), **options).values()][3:]
     low_rank = [[*pair] for pair in zip([*lora.values()][3:], larger, strict=True)]
+    # Of a shape that CUDA's fused kernels take in 16 bits.
+    even = lora_args((40, 24, 3), (3, 5), **options)
+    wider = [*lora_args((40, 24, 17), (), **options).values()][3:]
+    even_rank = [[*pair] for pair in zip([*even.values()][3:], wider, strict=True)]
     low = () if dtype != torch.float32 else (torch.bfloat16,)
     return {
         "kron_linear_grouped": (namespace.kron_linear_grouped, [kron["x"], *adapters, index]),
@@ -197,6 +216,10 @@ def grouped_calls(device="cpu", dtype=torch.float64, factor_dtype=None):
         "masked_lora_linear_grouped": (
             namespace.masked_lora_linear_grouped,
             [*[*lora.values()][:3], *low_rank, index],
+        ),
+        "masked_lora_linear_grouped-even": (
+            namespace.masked_lora_linear_grouped,
+            [*[*even.values()][:3], *even_rank, index],
         ),
     }
 

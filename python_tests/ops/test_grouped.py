@@ -134,8 +134,8 @@ def test_more_tokens_than_a_block_takes_at_once(op, library, device):
 def test_more_adapters_than_a_launch_takes(op, dtype, library, device):
     args = grouped_args(op, dtype=dtype, device=device)
     for name in ADAPTERS[op]:
-        args[name] = [t * (1 + k / 16) for k in range(12) for t in args[name]]
-    args["index"] = torch.tensor([71, 31, 32, -1, 63, 64, 0], device=device)
+        args[name] = [t * (1 + k / 16) for k in range(23) for t in args[name]]
+    args["index"] = torch.tensor([137, 127, 128, -1, 95, 96, 0], device=device)
     assert_matches(library, op, args)
 
 

@@ -171,6 +171,8 @@ def test_rows_of_zero(device):
 def test_empty_lists_do_nothing():
     ops.merge_kron_grouped_([], [], [], [], [], [])
     ops.merge_lora_grouped_([], [], [], [])
+    ops.merge_kron_grouped_([], [], [], [], [], [], [])
+    ops.merge_lora_grouped_([], [], [], [], source=[])
 
 
 # ---- Refusals ----------------------------------------------------------------------------------------------
@@ -197,12 +199,12 @@ grouped = pytest.mark.parametrize("op", GROUPED)
 on_every_device = pytest.mark.parametrize("device", DEVICES)
 
 
-def refused(op, lists, *says):
+def refused(op, lists, *says, source=None):
     """The call raises, its message starts with the op and holds `says`, and no tensor changes."""
     flat = [t for values in lists for t in values if isinstance(t, torch.Tensor) and not t.is_meta]
     before = [t.detach().clone() for t in flat]
     with pytest.raises(RuntimeError) as caught:
-        getattr(ops, op)(*lists)
+        getattr(ops, op)(*lists, source=source)
     message = str(caught.value).splitlines()[0]
     assert message.startswith(f"{op}: ")
     for part in says:
@@ -311,6 +313,10 @@ def test_recording_is_refused(op, device):
         with torch.no_grad():
             getattr(ops, op)(*lists)
         values[-1].requires_grad_(False)
+    sources = [t.clone().requires_grad_() for t in lists[0]]
+    refused(op, lists, "merging is not differentiable", source=sources)
+    with torch.no_grad():
+        getattr(ops, op)(*lists, source=sources)
 
 
 @grouped
@@ -322,6 +328,13 @@ def test_version_counters_move(op, mode, device):
     with mode():
         getattr(ops, op)(*lists)
     assert all(t._version > v for t, v in zip(written, versions, strict=True))
+    sources = [t.clone() for t in lists[0]]
+    versions = [t._version for t in written]
+    untouched = [t._version for t in sources]
+    with mode():
+        getattr(ops, op)(*lists, source=sources)
+    assert all(t._version > v for t, v in zip(written, versions, strict=True))
+    assert [t._version for t in sources] == untouched
 
 
 @grouped
