@@ -42,6 +42,22 @@ def left_as_it_was(model: nn.Module) -> Iterator[None]:
                 module.training = mode
 
 
+@contextlib.contextmanager
+def full_float32() -> Iterator[None]:
+    """float32 products in float32: where operands are cut to TF32, a rounding of the weights now and then moves one by
+    a thousand roundings, and no bound that follows from roundings holds.
+    """
+    backends = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [backend.allow_tf32 for backend in backends]
+    for backend in backends:
+        backend.allow_tf32 = False
+    try:
+        yield
+    finally:
+        for backend, allowed in zip(backends, before, strict=True):
+            backend.allow_tf32 = allowed
+
+
 def seed_(model: nn.Module, seed: int) -> None:
     """Seed the generators that `left_as_it_was` gives back. `torch.manual_seed` would seed those of all GPUs."""
     torch.random.default_generator.manual_seed(seed)

@@ -1,46 +1,44 @@
-"""Adapter files: one safetensors file with the adapters, the classifier head, and what is needed to put them
-back.
-
-Tensors carry their names in the patched model ("alore_scale", "blocks.0.norm1.down", "head.weight"). The
-metadata holds the format's version, the family, the configs, the head's names and the base's fingerprint.
-"""
+"""Saving a model's adapters and putting saved ones on a model (see `adapter_file` for what is in a file)."""
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections import OrderedDict
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ._files import write_atomic
-from .config import Config, config_from_dict
-from .fingerprint import Fingerprint, difference, fingerprint, parse_fingerprint
+from .adapter_file import AdapterFile, adapter_metadata, read_adapter
+from .fingerprint import difference, fingerprint
 from .patching.apply import apply_plan, check_unpatched, empty_parameters
 from .patching.attaching import OnError, undo_on_error
 from .patching.plan import make_plan
 from .patching.state import PatchState, get_state, require_state
 
-_FORMAT = "alore_ext_adapter"
-_VERSION = 1
 
-
-def adapter_state_dict(model: nn.Module, include_head: bool = True) -> dict[str, Tensor]:
+def adapter_state_dict(model: nn.Module, include_head: bool = True) -> OrderedDict[str, Tensor]:
     """The adapters' parameters and the classifier head's tensors by full name, sharing memory with the model.
 
-    Works on a merged model too, whose adapters are kept aside.
+    Works on a merged model too, whose adapters are kept aside. As a module's own state dict it has an attribute
+    `_metadata`; here that is what `save_adapter` writes beside the tensors, so that
+    `alore_ext.serving.AdapterPool` takes the result as it takes a file.
 
     Raises:
         ValueError: not patched.
     """
     state = require_state(model, "adapter_state_dict")
+    tensors = OrderedDict(_adapter_tensors(model, state, include_head))
+    tensors._metadata = adapter_metadata(model, state)
+    return tensors
+
+
+def _adapter_tensors(model: nn.Module, state: PatchState, include_head: bool) -> dict[str, Tensor]:
     adapters = dict(model.named_parameters()) if state.merged is None else state.merged.adapters
     tensors = {name: adapters[name].detach() for name in state.adapter_names()}
     if include_head:
@@ -48,10 +46,18 @@ def adapter_state_dict(model: nn.Module, include_head: bool = True) -> dict[str,
     return tensors
 
 
-def save_adapter(model: nn.Module, path: str | os.PathLike, include_head: bool = True) -> Path:
+def save_adapter(
+    model: nn.Module, path: str | os.PathLike, include_head: bool = True, labels: Sequence[str] | None = None
+) -> Path:
     """Write the adapters, and by default the head, to one safetensors file.
 
     The file is complete or not there: it is written beside `path` and moved into place.
+
+    Args:
+        model: patched, not merged.
+        path: the file; replaced where it exists.
+        include_head: the classifier goes in too.
+        labels: names of the classes in the order of the logits, for whoever serves the adapter.
 
     Returns:
         The path.
@@ -60,12 +66,15 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, include_head: bool =
         UserWarning: other parameters are trainable; what they learned is not in the file.
 
     Raises:
-        ValueError: not patched; merged.
+        TypeError: labels that are no strings.
+        ValueError: not patched; merged; labels without a head, or not one for each of its classes.
     """
     state = require_state(model, "save_adapter")
     if state.merged is not None:
         raise ValueError(f"save_adapter: {type(model).__name__} is merged; call unmerge_ first")
-    tensors = adapter_state_dict(model, include_head)
+    tensors = _adapter_tensors(model, state, include_head)
+    if labels is not None:
+        labels = _checked_labels(labels, tensors, state)
     left_out = [n for n, p in model.named_parameters() if p.requires_grad and n not in tensors and not state.is_head(n)]
     if left_out:
         warnings.warn(
@@ -73,19 +82,23 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, include_head: bool =
             f"{', '.join(left_out[:3])}{', ...' if len(left_out) > 3 else ''}",
             stacklevel=2,
         )
-    metadata = {
-        "format": _FORMAT,
-        "format_version": str(_VERSION),
-        "family": state.family,
-        "configs": json.dumps([config.to_dict() for config in state.configs]),
-        "head": json.dumps(list(state.head_names)),
-        "base": json.dumps(fingerprint(model, state)),
-    }
+    metadata = adapter_metadata(model, state, labels)
     path = Path(path)
     # Contiguous copies: safetensors refuses views and tensors that share memory (a tied head).
     contents = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
     write_atomic(path, lambda written: save_file(contents, written, metadata))
     return path
+
+
+def _checked_labels(labels: Sequence[str], tensors: Mapping[str, Tensor], state: PatchState) -> tuple[str, ...]:
+    if not isinstance(labels, Collection) or isinstance(labels, str) or not all(isinstance(x, str) for x in labels):
+        raise TypeError(f"save_adapter: labels must be a sequence of strings, got {labels!r}")
+    widths = [tensor.shape[0] for name, tensor in tensors.items() if state.is_head(name) and tensor.dim() > 1]
+    if not widths:
+        raise ValueError("save_adapter: labels name the classes of a head, but no head is saved")
+    if len(labels) != widths[-1]:
+        raise ValueError(f"save_adapter: labels must name the head's {widths[-1]} classes, got {len(labels)} names")
+    return tuple(labels)
 
 
 def load_adapter(model: nn.Module, path: str | os.PathLike) -> nn.Module:
@@ -113,66 +126,6 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> nn.Module:
     else:
         _load_on_patched(model, state, file)
     return model
-
-
-@dataclass(frozen=True)
-class AdapterFile:
-    """An adapter file's contents, checked to be one."""
-
-    path: str
-    family: str
-    configs: tuple[Config, ...]
-    head_names: tuple[str, ...]
-    base: Fingerprint
-    tensors: dict[str, Tensor]
-    caller: str = "load_adapter"
-
-    def head_tensors(self) -> dict[str, Tensor]:
-        """The tensors of the classifier."""
-        return {n: t for n, t in self.tensors.items() if any(n.startswith(f"{head}.") for head in self.head_names)}
-
-    def error(self, text: str) -> ValueError:
-        """A ValueError that names the file."""
-        return ValueError(f"{self.caller}: {self.path}: {text}")
-
-
-def read_adapter(path: str | os.PathLike) -> AdapterFile:
-    """Read a file that `save_adapter` wrote.
-
-    Raises as `load_adapter` does for what the file alone can be wrong in.
-    """
-    path = os.fspath(path)
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"load_adapter: no file at {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except SafetensorError as error:
-        raise ValueError(f"load_adapter: {path} is not a safetensors file, or is truncated: {error}") from None
-    if metadata.get("format") != _FORMAT:
-        raise ValueError(f"load_adapter: {path} is not an adapter file: format is {metadata.get('format')!r}")
-    if metadata.get("format_version") != str(_VERSION):
-        raise ValueError(
-            f"load_adapter: {path}: format_version must be {_VERSION}, got {metadata.get('format_version')!r}"
-        )
-    try:
-        configs = tuple(config_from_dict(fields) for fields in json.loads(metadata["configs"]))
-        if not configs:
-            raise ValueError("expected at least one config")
-        head_names = tuple(json.loads(metadata["head"]))
-        if not all(isinstance(name, str) for name in head_names):
-            raise ValueError(f"expected names of modules, got {head_names}")
-        return AdapterFile(
-            path=path,
-            family=metadata["family"],
-            configs=configs,
-            head_names=head_names,
-            base=parse_fingerprint(metadata["base"]),
-            tensors=tensors,
-        )
-    except (LookupError, TypeError, ValueError) as error:
-        raise ValueError(f"load_adapter: {path}: damaged metadata: {error!r}") from None
 
 
 def _load_on_plain(model: nn.Module, file: AdapterFile) -> None:
@@ -213,7 +166,7 @@ def _load_on_patched(model: nn.Module, state: PatchState, file: AdapterFile) -> 
 
 
 def _check_base(model: nn.Module, state: PatchState, file: AdapterFile) -> None:
-    if reason := difference(file.base, fingerprint(model, state)):
+    if file.base is not None and (reason := difference(file.base, fingerprint(model, state))):
         raise file.error(f"the adapter was trained on another base: {reason}")
 
 

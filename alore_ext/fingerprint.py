@@ -30,11 +30,15 @@ _GOLDEN_ANGLE = 2.399963229728653  # incommensurable with any stride: the projec
 
 
 def fingerprint(model: nn.Module, state: PatchState) -> Fingerprint:
-    """The fingerprint of a patched, unmerged model's backbone. Reads at most 512 values of each tensor."""
+    """The fingerprint of a patched model's backbone. Reads at most 512 values of each tensor.
+
+    A merged model must have kept its base.
+    """
     adapters = set(state.adapter_names())
+    tensors = model.state_dict() if state.merged is None else {**model.state_dict(), **state.merged.weights}
     return {
         name: [list(tensor.shape), _sketch(tensor)]
-        for name, tensor in model.state_dict().items()
+        for name, tensor in tensors.items()
         if name not in adapters and not state.is_head(name) and isinstance(tensor, Tensor)
     }
 

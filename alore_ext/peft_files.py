@@ -24,7 +24,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ._files import write_atomic
-from .checkpoint import AdapterFile, adapter_state_dict, checked_values, copy_, restore_head
+from .adapter_file import AdapterFile
+from .checkpoint import adapter_state_dict, checked_values, copy_, restore_head
 from .config import LoraConfig
 from .patching.apply import apply_plan, check_unpatched, empty_parameters
 from .patching.attaching import undo_on_error

@@ -14,7 +14,10 @@ from alore_ext.modules.affine import AffineMaps
 
 @dataclass(frozen=True, eq=False)
 class KronMerge:
-    """One `ops.merge_kron_`. `bias` is None where the merge leaves it as it is."""
+    """One `ops.merge_kron_`. `bias` is None where the merge leaves it as it is.
+
+    `source` is what the weight is merged from; None for the weight itself.
+    """
 
     weight: Tensor
     bias: Tensor | None
@@ -22,6 +25,7 @@ class KronMerge:
     down: Tensor
     up: Tensor
     side: str
+    source: Tensor | None = None
 
     def written(self) -> list[Tensor]:
         """The tensors that the merge changes."""
@@ -30,12 +34,13 @@ class KronMerge:
 
 @dataclass(frozen=True, eq=False)
 class LoraMerge:
-    """One `ops.merge_lora_`."""
+    """One `ops.merge_lora_`; `source` as for `KronMerge`."""
 
     weight: Tensor
     lora_a: Tensor
     lora_b: Tensor
     coeff: Tensor
+    source: Tensor | None = None
 
     def written(self) -> list[Tensor]:
         """The tensors that the merge changes."""
@@ -124,15 +129,25 @@ def run_merges_(merges: Iterable[Merge]) -> None:
             for merge in (affine := [merge for merge in here if isinstance(merge, AffineMerge)]):
                 merge.merge_bias_()
             kron += [merge.of_weight() for merge in affine]
-            ops.merge_kron_grouped_(*_columns(kron, ("weight", "bias", "scale", "down", "up", "side")))
-            ops.merge_lora_grouped_(*_columns(lora, ("weight", "lora_a", "lora_b", "coeff")))
+            for part in _by_source(kron):
+                ops.merge_kron_grouped_(*_columns(part, ("weight", "bias", "scale", "down", "up", "side", "source")))
+            for part in _by_source(lora):
+                ops.merge_lora_grouped_(*_columns(part, ("weight", "lora_a", "lora_b", "coeff", "source")))
             for merge in here:
                 if isinstance(merge, ScaleShiftMerge):
                     merge.run_()
 
 
-def _columns(merges: list[Merge], fields: tuple[str, ...]) -> Iterator[list]:
-    return ([getattr(merge, field) for merge in merges] for field in fields)
+def _by_source(merges: list[Merge]) -> list[list[Merge]]:
+    """Those that change a weight in place, and those that start from another; either list may be missing."""
+    parts = [merge for merge in merges if merge.source is None], [merge for merge in merges if merge.source is not None]
+    return [part for part in parts if part]
+
+
+def _columns(merges: list[Merge], fields: tuple[str, ...]) -> Iterator[list | None]:
+    for field in fields:
+        column = [getattr(merge, field) for merge in merges]
+        yield None if field == "source" and column[0] is None else column
 
 
 def _rounds(merges: Iterable[Merge]) -> list[list[Merge]]:
