@@ -12,6 +12,7 @@ from . import ops, reference  # noqa: I001  (the extension loads first)
 from ._extension import build_info
 from .checkpoint import adapter_state_dict, load_adapter, save_adapter
 from .config import AloreConfig, BitFitConfig, LoraConfig, MlaeConfig, RepAdapterConfig, SsfConfig
+from .exporting import export
 from .merging import merge_, merge_and_unload, unmerge_
 from .peft_files import export_peft, load_peft
 from .patching import patch, patch_as_mlp, patch_convnext, patch_swin, patch_vit, unpatch
@@ -34,6 +35,7 @@ __all__ = [
     "VerificationReport",
     "adapter_state_dict",
     "build_info",
+    "export",
     "export_peft",
     "load_adapter",
     "load_peft",

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._untouched import left_as_it_was, same_bits, seed_
+from ._untouched import full_float32, left_as_it_was, same_bits, seed_
 from .merging import merge_, unmerge_
 from .patching.attaching import attach_all, check_attached, detach_all
 from .patching.merged import allow_training
@@ -52,7 +52,7 @@ class Check:
 
 
 class VerificationError(Exception):
-    """Raised by `VerificationReport.raise_for_failures`: the text holds every check that failed."""
+    """A check failed, which the text names: of `VerificationReport.raise_for_failures`, or of a file by `export`."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def verify(model: nn.Module, example_input: Tensor | tuple | list | Mapping[str,
     if state.merged is not None:
         raise ValueError(f"verify: {type(model).__name__} is merged; call unmerge_ first")
     check_attached(model, state, "verify")
-    with torch.inference_mode(False), left_as_it_was(model), _full_float32():
+    with torch.inference_mode(False), left_as_it_was(model), full_float32():
         checks = tuple(_Trial(model, state, example_input).run())
     return VerificationReport(type(model).__name__, checks)
 
@@ -256,22 +256,6 @@ class _Trial:
             record.init_({name: self.adapters[f"{record.module}.{name}"] for name in record.parameter_shapes()})
         if SHARED_SCALE in self.adapters:
             init_scale_(self.adapters[SHARED_SCALE])
-
-
-@contextlib.contextmanager
-def _full_float32() -> Iterator[None]:
-    """float32 products in float32: where operands are cut to TF32, a rounding of the weights now and then moves one by
-    a thousand roundings, and no bound that follows from roundings holds.
-    """
-    backends = (torch.backends.cudnn, torch.backends.cuda.matmul)
-    before = [backend.allow_tf32 for backend in backends]
-    for backend in backends:
-        backend.allow_tf32 = False
-    try:
-        yield
-    finally:
-        for backend, allowed in zip(backends, before, strict=True):
-            backend.allow_tf32 = allowed
 
 
 @contextlib.contextmanager
