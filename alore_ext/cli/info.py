@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 import alore_ext
-from alore_ext.checkpoint import AdapterFile, read_adapter
+from alore_ext.adapter_file import AdapterFile, read_adapter
 from alore_ext.training.report import human_bytes
 from alore_ext.training.session import usage_errors
 
@@ -54,6 +54,10 @@ def _adapter_rows(path: Path, file: AdapterFile) -> list[tuple[str, str]]:
         rows.append(("method", f"{method}: " + ", ".join(f"{name}={_text(v)}" for name, v in fields.items())))
     rows.append(("adapters", _count(adapters)))
     rows.append(("head", f"{', '.join(file.head_names)}: {_count(head)}" if head else "not in the file"))
+    if file.labels:
+        rows.append(
+            ("classes", _text(file.labels[:5]) + (f" and {len(file.labels) - 5} more" if file.labels[5:] else ""))
+        )
     parameters = sum(math.prod(shape) for shape, _ in file.base.values())
     digest = hashlib.sha256(json.dumps(file.base, sort_keys=True).encode()).hexdigest()[:16]
     rows.append(("base", f"{len(file.base)} tensors, {parameters:,} numbers, fingerprint {digest}"))

@@ -25,9 +25,12 @@ def comma_list(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+def add_model_options(parser: argparse.ArgumentParser, *names: str) -> argparse._ArgumentGroup:
+    """Options that say which backbone; its name is ``--model`` unless ``names`` say otherwise."""
     group = parser.add_argument_group("backbone")
-    group.add_argument("--model", metavar="NAME", help="any timm model, or the bundled tiny_vit")
+    group.add_argument(
+        *(names or ("--model",)), dest="model", metavar="NAME", help="any timm model, or the bundled tiny_vit"
+    )
     source = group.add_mutually_exclusive_group()
     source.add_argument(
         "--pretrained",

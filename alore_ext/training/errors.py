@@ -1,4 +1,4 @@
-"""Errors of the command line, and imports of what the ``demo`` extra installs."""
+"""Errors of the command line, and imports of optional dependencies."""
 
 from __future__ import annotations
 
@@ -16,11 +16,16 @@ class Interrupted(Exception):
     """A run stopped at the user's wish after writing its checkpoint. The message says how to go on."""
 
 
-_PIP_NAMES = {"sklearn": "scikit-learn", "PIL": "pillow"}
+_PIP_NAMES = {
+    "sklearn": "scikit-learn",
+    "PIL": "pillow",
+    "prometheus_client": "prometheus-client",
+    "python_multipart": "python-multipart",
+}
 
 
-def require(module: str) -> ModuleType:
-    """Import an optional dependency.
+def require(module: str, extra: str = "demo") -> ModuleType:
+    """Import an optional dependency, which ``extra`` of this package installs.
 
     Raises:
         InputError: it is not installed; names the extra that installs it.
@@ -32,4 +37,4 @@ def require(module: str) -> ModuleType:
         if error.name is None or error.name.partition(".")[0] != top:
             raise  # the package is there but broken: its own message is the useful one
         name = _PIP_NAMES.get(top, top)
-        raise InputError(f"this command needs {name}: pip install 'alore_ext[demo]'") from error
+        raise InputError(f"this command needs {name}: pip install 'alore_ext[{extra}]'") from error

@@ -13,13 +13,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 
-import numpy
 import torch
 from torch import Tensor
 
 from .data import ArraySplit, FileSplit
 from .errors import InputError, require
 from .images import batch_generator, crop_boxes, draw_augmentation, normalize, resized_crop
+from .pictures import as_rgb, to_square
 
 __all__ = ["InputSpec", "Loader", "make_loader"]
 
@@ -129,27 +129,12 @@ class _Files(torch.utils.data.Dataset):
 
     def __getitem__(self, key: tuple[int, Tensor | None]) -> Tensor:
         index, draws = key
-        image_module = require("PIL.Image")
         try:
-            with image_module.open(self.files[index]) as file:
-                image = file.convert("RGB")
+            with require("PIL.Image").open(self.files[index]) as file:
+                image = as_rgb(file)
         except (OSError, ValueError, SyntaxError) as error:  # Pillow raises SyntaxError on broken PNGs
             raise InputError(f"--data: cannot decode {self.files[index]}: {error}") from error
-        width, height = image.size
-        box = crop_boxes(
-            torch.tensor([float(height)]),
-            torch.tensor([float(width)]),
-            self.augment,
-            None if draws is None else draws[None],
-        )[0].tolist()
-        left, top, right, bottom = box
-        image = image.resize(
-            (self.size, self.size),
-            image_module.Resampling.BICUBIC,
-            box=(min(left, right), top, max(left, right), bottom),
-        )
-        pixels = torch.from_numpy(numpy.array(image)).permute(2, 0, 1).contiguous()
-        return pixels.flip(2) if right < left else pixels
+        return to_square(image, self.size, self.augment, draws)
 
     def __len__(self) -> int:
         return len(self.files)

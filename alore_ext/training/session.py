@@ -177,7 +177,7 @@ def run(
     final = final or evaluate(model, loaders["final"], precision, lambda: stop.requested, "testing")
     if final is None:
         raise Interrupted("stopped while testing the trained model")
-    file = _save(model, settings, folder)
+    file = _save(model, settings, data, folder)
     merge = None
     if settings.method in ADAPTER_METHODS:
         merge = compare_merged(model, loaders["final"], device, final if settings.amp == "off" else None)
@@ -339,10 +339,10 @@ def _config(settings: Settings, data: Data, spec: InputSpec) -> dict:
     }
 
 
-def _save(model: nn.Module, settings: Settings, folder: Path) -> Path:
+def _save(model: nn.Module, settings: Settings, data: Data, folder: Path) -> Path:
     if settings.method in ADAPTER_METHODS:
         file = folder / ADAPTER_FILE
-        return alore_ext.save_adapter(model, file)  # atomic by itself
+        return alore_ext.save_adapter(model, file, labels=data.class_names)  # atomic by itself
     from safetensors.torch import save_file
 
     file = folder / MODEL_FILE
