@@ -1,4 +1,4 @@
-"""The ``alore-ext`` command: finetune, evaluate, merge, info."""
+"""The ``alore-ext`` command: finetune, evaluate, merge, export, info, serve."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 
 from alore_ext.training.errors import InputError, Interrupted
 
-from . import evaluate, finetune, info, merge
+from . import evaluate, export, finetune, info, merge, serve
 
 __all__ = ["main"]
 
@@ -15,7 +15,8 @@ __all__ = ["main"]
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code.
 
-    0 done; 1 out of memory, or merging changed the model; 2 bad input (one line on stderr); 130 interrupted.
+    0 done; 1 out of memory, or merging or exporting changed the model; 2 bad input (one line on stderr);
+    130 interrupted.
     """
     parser = _parser()
     arguments = parser.parse_args(argv)
@@ -50,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="`alore-ext finetune` with no arguments is a demonstration that needs no data and no GPU.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (finetune, evaluate, merge, info):
+    for module in (finetune, evaluate, merge, export, info, serve):
         command = module.add_parser(commands)
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
         command.set_defaults(run=module.run)

@@ -8,8 +8,10 @@ from tiny_runs import COMMAND, VIT, outside
 
 from alore_ext.cli import main
 
+_COMMANDS = ("finetune", "evaluate", "merge", "export", "info", "serve")
 
-@pytest.mark.parametrize("command", [(), ("finetune",), ("evaluate",), ("merge",), ("info",)])
+
+@pytest.mark.parametrize("command", [(), *((name,) for name in _COMMANDS)])
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as stopped:
         main([*command, "--help"])

@@ -255,7 +255,7 @@ def test_bf16_runs(finetune, tmp_path):
 
 
 def test_options_reach_the_adapter(finetune, tmp_path):
-    from alore_ext.checkpoint import read_adapter
+    from alore_ext.adapter_file import read_adapter
 
     assert (
         finetune(
