@@ -1,10 +1,12 @@
-"""Times folding a model's adapters into its weights: the grouped op alone, and whole merge_ and unmerge_ calls.
+"""Times folding a model's adapters into its weights: the grouped op alone, in place and as serving swaps adapters
+(pristine weights in, live weights out), and whole merge_ and unmerge_ calls.
 
     python benchmarks/merge_model.py --json merge_model.json
 
 The grouped op is timed on the device (CUDA events; the clock on a CPU), with the weights restored and the L2 cache
 overwritten outside the timed region, and beside it, in turns, a device copy of the same weights: what reading and
-writing them once costs. merge_ and unmerge_ are wall times from an idle device to an idle device, and so are PEFT's
+writing them once costs; all in the same run. swap_host_us is what a swap's call takes on the host, its work
+queued and not waited for. merge_ and unmerge_ are wall times from an idle device to an idle device, and so are PEFT's
 merge_adapter and unmerge_adapter where peft is importable.
 """
 
@@ -18,7 +20,7 @@ from pathlib import Path
 import timm
 import torch
 from steps.report import commit
-from steps.timing import synchronize
+from steps.timing import DeviceTimer, host_us, synchronize
 from train_step import DTYPES
 
 import alore_ext as ae
@@ -40,31 +42,8 @@ def train_adapters_(model):
     return model
 
 
-class DeviceTimer:
-    """Microseconds of one call on the device, after the L2 cache has been overwritten."""
-
-    def __init__(self, device):
-        self.device = device
-        self.flush = torch.empty(256 * 2**20, dtype=torch.uint8, device=device) if device.type == "cuda" else None
-
-    def __call__(self, call):
-        if self.flush is None:
-            start = time.perf_counter()
-            call()
-            return (time.perf_counter() - start) * 1e6
-        self.flush.zero_()
-        # The device is kept busy while the host prepares the launches, so that their cost on the host is not timed.
-        torch.cuda._sleep(4_000_000)
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        call()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) * 1e3
-
-
-def grouped_call(model, weights):
-    """The model's merges as one grouped call into `weights`, the same tensors as the model's, by name."""
+def grouped_call(model, weights, source=None):
+    """The model's merges as one grouped call into `weights`, by name, of those weights or of `source`."""
     records = model.__dict__["_alore_state"].records
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
     if records[0].method == "alore":
@@ -77,31 +56,40 @@ def grouped_call(model, weights):
             [parameters[f"{record.module}.up"] for record, _ in own],
             [record.side for record, _ in own],
         ]
-        return lambda: ops.merge_kron_grouped_(*lists)
+        return lambda: ops.merge_kron_grouped_(*lists, source=source)
     lists = [[weights[f"{record.module}.weight"] for record in records]]
     lists += [[parameters[f"{record.module}.{name}"] for record in records] for name in ("lora_a", "lora_b", "coeff")]
-    return lambda: ops.merge_lora_grouped_(*lists)
+    return lambda: ops.merge_lora_grouped_(*lists, source=source)
 
 
 @torch.no_grad()
 def time_grouped(model, device, repeats):
-    """Medians of the grouped op and of a copy of the same weights, taken in turns, and the bytes of the weights."""
+    """Medians of a merge in place, of a swap and of a copy of the same weights, in turns; the bytes of the weights."""
     names = [linear.weight_name for record in model.__dict__["_alore_state"].records for linear in record.linears]
     weights = {name: model.get_parameter(name).detach().clone() for name in names}
     originals = [weight.clone() for weight in weights.values()]
     targets = list(weights.values())
     spare = [torch.empty_like(weight) for weight in targets]
-    merge, timer = grouped_call(model, weights), DeviceTimer(device)
-    merge_us, copy_us = [], []
+    live = {name: torch.full_like(weight, torch.nan) for name, weight in weights.items()}
+    swap, timer = grouped_call(model, live, originals), DeviceTimer(device)
+    calls = {
+        "op_us": grouped_call(model, weights),
+        "swap_us": swap,
+        "copy_us": lambda: torch._foreach_copy_(spare, originals),
+    }
+    samples = {name: [] for name in calls}
     for repeat in range(repeats + 3):
         torch._foreach_copy_(targets, originals)
-        merge_time = timer(merge)
-        copy_time = timer(lambda: torch._foreach_copy_(spare, originals))
-        if repeat >= 3:
-            merge_us.append(merge_time)
-            copy_us.append(copy_time)
+        for name, call in calls.items():
+            elapsed = timer(call)
+            if repeat >= 3:
+                samples[name].append(elapsed)
     check(model, weights, originals)
-    return statistics.median(merge_us), statistics.median(copy_us), sum(w.nbytes for w in targets)
+    if not all(torch.equal(a, b) for a, b in zip(live.values(), targets, strict=True)):
+        raise SystemExit("a swap's weights differ from those merged in place")
+    row = {name: statistics.median(values) for name, values in samples.items()}
+    row["swap_host_us"] = host_us(swap, device, repeats)
+    return row | {"bytes": sum(weight.nbytes for weight in targets)}
 
 
 def check(model, weights, originals):
@@ -171,20 +159,18 @@ def main():
     rows = []
     for name, config in CONFIGS.items():
         model = train_adapters_(ae.patch(copy.deepcopy(base), config))
-        merge_us, copy_us, size = time_grouped(model, device, repeats)
+        row = {"method": name} | time_grouped(model, device, repeats)
         merge_ms, unmerge_ms = wall_ms(lambda m=model: ae.merge_(m), lambda m=model: ae.unmerge_(m), device, repeats)
-        row = {"method": name, "op_us": merge_us, "copy_us": copy_us, "ratio": merge_us / copy_us, "bytes": size}
-        rows.append(row | {"merge_ms": merge_ms, "unmerge_ms": unmerge_ms})
+        ratios = {"ratio": row["op_us"] / row["copy_us"], "swap_ratio": row["swap_us"] / row["copy_us"]}
+        rows.append(row | ratios | {"merge_ms": merge_ms, "unmerge_ms": unmerge_ms})
     rows += peft_rows(base, device, repeats)
 
-    print(
-        f"{'method':<10} {'op, us':>10} {'copy, us':>10} {'ratio':>6} {'MB':>7} {'merge, ms':>10} {'unmerge, ms':>12}"
-    )
+    columns = {"op_us": 1, "swap_us": 1, "copy_us": 1, "ratio": 2, "swap_ratio": 2, "swap_host_us": 1}
+    columns |= {"merge_ms": 2, "unmerge_ms": 2}
+    print(f"{'method':<10}" + "".join(f"{name:>13}" for name in columns))
     for row in rows:
-        op = f"{'':>10} {'':>10} {'':>6} {'':>7}"
-        if "op_us" in row:
-            op = f"{row['op_us']:>10.1f} {row['copy_us']:>10.1f} {row['ratio']:>6.2f} {row['bytes'] / 1e6:>7.1f}"
-        print(f"{row['method']:<10} {op} {row['merge_ms']:>10.2f} {row['unmerge_ms']:>12.2f}")
+        cells = (f"{row[name]:>13.{digits}f}" if name in row else f"{'':>13}" for name, digits in columns.items())
+        print(f"{row['method']:<10}" + "".join(cells))
     if args.json:
         args.json.write_text(json.dumps({"machine": machine, "commit": commit(), "rows": rows}, indent=1))
 

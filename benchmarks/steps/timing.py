@@ -1,4 +1,4 @@
-"""One training step as a callable, and the clock."""
+"""One training step as a callable, the clock for whole steps, and the clocks for single calls."""
 
 import contextlib
 import statistics
@@ -92,3 +92,37 @@ def milliseconds(steps, device, seconds):
 def summary(samples):
     """What a row says of its groups."""
     return {"ms": statistics.median(samples), "ms_min": min(samples), "groups": len(samples)}
+
+
+class DeviceTimer:
+    """Microseconds of one call on the device, after the L2 cache has been overwritten."""
+
+    def __init__(self, device):
+        self.device = device
+        self.flush = torch.empty(256 * 2**20, dtype=torch.uint8, device=device) if device.type == "cuda" else None
+
+    def __call__(self, call):
+        if self.flush is None:
+            start = time.perf_counter()
+            call()
+            return (time.perf_counter() - start) * 1e6
+        self.flush.zero_()
+        # The device is kept busy while the host prepares the launches, so that their cost on the host is not timed.
+        torch.cuda._sleep(4_000_000)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) * 1e3
+
+
+def host_us(call, device, repeats):
+    """Median microseconds until the call returns, its work queued and not waited for."""
+    times = []
+    for _ in range(repeats):
+        synchronize(device)
+        start = time.perf_counter()
+        call()
+        times.append((time.perf_counter() - start) * 1e6)
+    return statistics.median(times)
