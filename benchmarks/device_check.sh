@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one call: build, tests, compute-sanitizer, the C++ harness, whole training steps.
-#   bash benchmarks/device_check.sh [build] [tests] [sanitize] [harness] [steps] [merge]      (default: all of them)
+#   bash benchmarks/device_check.sh [build] [tests] [sanitize] [harness] [steps] [merge] [serving]  (default: all)
 # Logs go to $OUT (default: build/device_check); a short summary is printed last.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-build/device_check}
 mkdir -p "$OUT"
 export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-9.0a} PYTHONUNBUFFERED=1
-[ $# -gt 0 ] || set -- build tests sanitize harness steps merge
+[ $# -gt 0 ] || set -- build tests sanitize harness steps merge serving
 summary=()
 
 run() { # name, log, command...
@@ -21,7 +21,7 @@ run() { # name, log, command...
 for stage in "$@"; do
   case $stage in
     build) run "build (sm_90a)" build.log env MAX_JOBS="$(nproc)" python3 setup.py build_ext --inplace ;;
-    tests) run "pytest" pytest.log env OMP_NUM_THREADS=1 python3 -m pytest -q -n 8 --dist worksteal -p no:cacheprovider python_tests ;;
+    tests) run "pytest" pytest.log env OMP_NUM_THREADS=1 python3 -m pytest -q -n 14 --dist worksteal -p no:cacheprovider python_tests ;;
     sanitize)
       run "compute-sanitizer memcheck" memcheck.log env PYTHONPATH=. PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
         compute-sanitizer --tool memcheck --error-exitcode 3 python3 benchmarks/exercise_ops.py
@@ -44,6 +44,9 @@ for stage in "$@"; do
       done ;;
     steps) run "train_step" steps.log env PYTHONPATH=. python3 benchmarks/train_step.py --out "$OUT" ;;
     merge) run "merge_model" merge.log env PYTHONPATH=. python3 benchmarks/merge_model.py --json "$OUT/merge_model.json" ;;
+    serving)
+      run "serving" serving.log env PYTHONPATH=".:${PYTHONPATH:-}" python3 benchmarks/serving.py --parts merged,swap,mixed,memory,server \
+        --seconds "${SERVING_SECONDS:-1}" --json "$OUT/serving.json" --plot "$OUT/serving.png" ;;
     *) echo "no stage $stage" >&2; exit 2 ;;
   esac
 done
