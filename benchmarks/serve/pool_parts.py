@@ -35,26 +35,37 @@ def interleaved(calls, device, seconds):
 
 @torch.no_grad()
 def merged(args, base, images, device):
-    """A model with an adapter in its weights against the plain backbone: eager, as CUDA graphs, compiled if asked."""
-    pool = pool_of(base, {"alore": 1})
-    plain = copy.deepcopy(base)
-    pool.activate("alore0")
-    calls = {"base": lambda: plain(images), "merged": lambda: pool.model(images)}
-    rows = [_row("merged", "base vs merged, eager", calls, args, device, images)]
-    if device.type == "cuda":
-        rows[0]["launches"] = [_launches(calls[name]) for name in calls]
-        from alore_ext.serving.graphs import ForwardGraphs
+    """A model with an adapter in its weights against the plain backbone: eager, as CUDA graphs, compiled if asked.
 
-        graphs = ForwardGraphs(plain, (len(images),), images)
-        graphs.capture(())
+    A third model, which never saw this library, has the merged weights loaded: what it takes more or less than the
+    backbone is the values' doing (a GPU at its power limit is slower on some), not the merge's.
+    """
+    pool = pool_of(base, {"alore": 1})
+    plain, loaded = copy.deepcopy(base), copy.deepcopy(base)
+    pool.activate("alore0")
+    loaded.load_state_dict(pool.model.state_dict())
+    models = {"base": plain, "merged": pool.model, "plain model of the merged weights": loaded}
+    calls = {name: lambda m=model: m(images) for name, model in models.items()}
+    rows = _rows("merged", "eager", calls, args, device, images)
+    if device.type == "cuda":
+        rows[0]["launches"] = [_launches(calls[name]) for name in ("base", "merged")]
+        calls = {name: _graph(model, images) for name, model in models.items() if name != "merged"}
         pool.capture([len(images)], images)
-        calls = {"base": lambda: graphs.run(images, ()), "merged": lambda: pool.predict(images)}
-        rows.append(_row("merged", "base vs merged, CUDA graph", calls, args, device, images))
+        calls["merged"] = lambda: pool.predict(images)
+        rows += _rows("merged", "CUDA graph", calls, args, device, images)
     if args.compile:
-        code, plain_code = torch.compile(pool.model), torch.compile(plain)
-        calls = {"base": lambda: plain_code(images), "merged": lambda: code(images)}
-        rows.append(_row("merged", "base vs merged, torch.compile", calls, args, device, images))
+        codes = {name: torch.compile(model) for name, model in models.items()}
+        calls = {name: lambda c=code: c(images) for name, code in codes.items()}
+        rows += _rows("merged", "torch.compile", calls, args, device, images)
     return rows
+
+
+def _graph(model, images):
+    from alore_ext.serving.graphs import ForwardGraphs
+
+    graphs = ForwardGraphs(model, (len(images),), images)
+    graphs.capture(())
+    return lambda: graphs.run(images, ())
 
 
 @torch.no_grad()
@@ -138,7 +149,7 @@ def mixed(args, base, images, device):
         for count in (1, 8, 64):
             names = [f"task{i}" for i in torch.randint(count, (len(images),), generator=generator).tolist()]
             calls = {"base": lambda: base(images), "PEFT adapter_names": lambda n=names: model(images, adapter_names=n)}
-            rows += _rows("mixed", f"lora r8 qkv, {count} adapters", calls, args, device, images, None)
+            rows += _rows("mixed", f"lora r8 qkv, {count} adapters", calls, args, device, images)
     except PEFT_ERRORS as error:
         rows.append({"part": "mixed", "what": f"PEFT skipped: {error}"})
     return rows
@@ -206,14 +217,7 @@ def _by_adapter(images, names):
         yield name, images[torch.tensor([i for i, n in enumerate(names) if n == name], device=images.device)]
 
 
-def _row(part, what, calls, args, device, images):
-    times = interleaved(calls, device, args.seconds)
-    (base_ms, _), (ms, ratio) = times.values()
-    per_second = {name: len(images) / t[0] * 1e3 for name, t in times.items()}
-    return {"part": part, "what": what, "base_ms": base_ms, "ms": ms, "ratio": ratio, "images_per_s": per_second}
-
-
-def _rows(part, what, calls, args, device, images, error):
+def _rows(part, what, calls, args, device, images, error=None):
     times = interleaved(calls, device, args.seconds)
     base_ms = times["base"][0]
     others = [(name, t) for name, t in times.items() if name != "base"]

@@ -137,7 +137,7 @@ REFUSED = {
     "beit": (BACKBONES["beit"], "blocks.0.attn.qkv cannot take one: it has no bias"),
     "eva02_base": (BACKBONES["eva02_base"], "blocks.0.attn.k_proj cannot take one: it has no bias"),
     "no_qkv_bias": (BACKBONES["vit_gated_rmsnorm"], "blocks.0.attn.gate cannot take one: it has no bias"),
-    "swin_v2": (partial(SwinTransformerV2, img_size=48, window_size=5, **_SWIN), "attn.qkv cannot take one"),
+    "swin_v2": (partial(SwinTransformerV2, img_size=48, window_size=3, **_SWIN), "attn.qkv cannot take one"),
     "torchvision_swin_v2": (partial(tv_swin.SwinTransformer, **_TV_SWIN, **_TV_SWIN_V2), "sets the keys' third"),
 }
 
