@@ -100,6 +100,8 @@ def plan_alore(
     norm: bool = True,
     residual: bool = True,
     out_dtype: torch.dtype | None = None,
+    dropout_p: float = 0.0,
+    returns_sum: bool = False,
     backward: bool = False,
     device: torch.device | str | int | None = None,
     capability: int | None = None,
@@ -112,6 +114,8 @@ def plan_alore(
     num_experts`` a multiple of 8, at most 8 blocks and ``num_experts * rank`` at most 64 (backward: not 33 to 48), on
     compute capability 8.0 and later, where the factors and a tile of 16 tokens fit a block's shared memory (embed_dim
     up to 1536 at 227 KiB, 1408 at 163 KiB and 768 at 99 KiB in both passes behind a norm, with 4 experts of rank 4).
+    The backward is ``pipelined``, and fastest, for 4 blocks, ``num_experts * rank`` up to 16, embed_dim 128, 256, 384,
+    512 or 768, bfloat16 (float16 too without a norm), no dropout and no sum, where 128 to 220 KiB are there.
     Anything else is composed of cuBLAS products and smaller kernels: see :func:`plan_kron`.
 
     Args:
@@ -119,6 +123,8 @@ def plan_alore(
         norm: with the layer norm in front.
         residual: False for :func:`kron_linear`, which adds nothing to its result.
         out_dtype: of the result; x's by default.
+        dropout_p: of the call.
+        returns_sum: :func:`layer_norm_alore` with a residual input, whose sum is returned too.
         backward: the plan of the backward pass.
         device: a CUDA device to ask for its limits; x's by default.
         capability, num_sms, shared_per_block: limits of a device that is not there: 10 * major + minor, the number of
@@ -160,6 +166,8 @@ def plan_alore(
         factor_dtype=scale.dtype,
         norm=norm,
         add_base=residual,
+        dropout=dropout_p > 0,
+        residual=returns_sum,
         capability=limits[0],
         num_sms=limits[1],
         shared_per_block=limits[2],

@@ -70,8 +70,8 @@ alore::kernels::KronPlan plan_kron(int64_t num_tokens, int64_t num_experts, int6
 
 py::object plan_alore(int64_t num_tokens, int64_t num_experts, int64_t num_blocks, int64_t block_dim,
                       int64_t rank, at::ScalarType dtype, at::ScalarType out_dtype,
-                      at::ScalarType factor_dtype, bool norm, bool add_base, int capability, int num_sms,
-                      int64_t shared_per_block, bool backward) {
+                      at::ScalarType factor_dtype, bool norm, bool add_base, bool dropout, bool residual,
+                      int capability, int num_sms, int64_t shared_per_block, bool backward) {
   using alore::ops::kernel_dtype;
   const alore::kernels::AloreShape shape{.num_tokens = num_tokens,
                                          .num_experts = num_experts,
@@ -83,7 +83,9 @@ py::object plan_alore(int64_t num_tokens, int64_t num_experts, int64_t num_block
                                          .factor = kernel_dtype(factor_dtype),
                                          .affine = kernel_dtype(factor_dtype),
                                          .norm = norm,
-                                         .add_base = add_base};
+                                         .add_base = add_base,
+                                         .dropout = dropout,
+                                         .residual = residual};
   const alore::kernels::DeviceLimits device{capability, num_sms, shared_per_block};
   return backward ? py::cast(alore::kernels::plan_alore_backward(shape, device))
                   : py::cast(alore::kernels::plan_alore_forward(shape, device));
@@ -161,6 +163,7 @@ PYBIND11_MODULE(_C, m) {
   py::class_<AloreBackwardPlan>(m, "AloreBackwardPlan")
       .def_readonly("fused", &AloreBackwardPlan::fused)
       .def_readonly("reason", &AloreBackwardPlan::reason)
+      .def_readonly("pipelined", &AloreBackwardPlan::pipelined)
       .def_readonly("warps", &AloreBackwardPlan::warps)
       .def_readonly("row_tiles", &AloreBackwardPlan::row_tiles)
       .def_readonly("stages", &AloreBackwardPlan::stages)
@@ -173,8 +176,9 @@ PYBIND11_MODULE(_C, m) {
       .def("__repr__", &AloreBackwardPlan::to_string);
   m.def("plan_alore", &plan_alore, py::kw_only(), py::arg("num_tokens"), py::arg("num_experts"),
         py::arg("num_blocks"), py::arg("block_dim"), py::arg("rank"), py::arg("dtype"), py::arg("out_dtype"),
-        py::arg("factor_dtype"), py::arg("norm"), py::arg("add_base"), py::arg("capability"),
-        py::arg("num_sms"), py::arg("shared_per_block"), py::arg("backward"));
+        py::arg("factor_dtype"), py::arg("norm"), py::arg("add_base"), py::arg("dropout"),
+        py::arg("residual"), py::arg("capability"), py::arg("num_sms"), py::arg("shared_per_block"),
+        py::arg("backward"));
   m.def("plan_kron", &plan_kron, py::arg("num_tokens"), py::arg("num_experts"), py::arg("s_in"),
         py::arg("s_out"), py::arg("p_in"), py::arg("p_out"), py::arg("rank"), py::arg("dtype"),
         py::arg("factor_dtype"), py::arg("backward"));

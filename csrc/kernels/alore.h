@@ -31,6 +31,8 @@ struct AloreShape {
   DType affine = DType::kFloat32;  // of the norm's weight and bias
   bool norm = true;
   bool add_base = true;  // false: out = base @ W' alone
+  bool dropout = false;
+  bool residual = false;  // in backward: `sum` was an output and has a gradient
 
   int64_t embed_dim() const { return num_blocks * block_dim; }
   int64_t width() const { return num_experts * rank; }
@@ -61,6 +63,7 @@ struct AloreForwardPlan {
 // A block takes 16 * row_tiles tokens at a time through shared memory, `stages` loads in flight.
 struct AloreBackwardPlan {
   bool fused = false;
+  bool pipelined = false;  // by alore_bwd_pipelined.cu
   const char* reason = "";
   int warps = 0, row_tiles = 0, stages = 0;
   int key_splits = 0;      // warps that share one block's code product, each a part of its columns

@@ -33,7 +33,7 @@ struct AdapterDims {
   int image_stride;              // of a code image's rows
   int chunks;                    // of 8 columns in a block, padded
 
-  AdapterDims(int blocks, int block, int code_width)
+  constexpr AdapterDims(int blocks, int block, int code_width)
       : num_blocks(blocks),
         block_dim(block),
         width(code_width),
@@ -134,6 +134,73 @@ struct BackwardLayout {
     // thread.
     const int sums = max_of(2 * d.width * d.block_dim, threads * d.num_blocks) * 4;
     bytes = max_of(bytes, code + sums);
+  }
+};
+
+// What the pipelined backward is compiled for: 4 blocks of whole groups, one code tile, 16-bit rows. Warps
+// are dealt out row tile by row tile, each with `items` neighbouring groups of one block.
+struct PipelinedShape {
+  int groups, row_tiles, items;
+};
+inline constexpr int kPipelinedBlocks = 4, kPipelinedStages = 3;
+inline constexpr PipelinedShape kPipelinedShapes[] = {
+    {4, 4, 1}, {8, 2, 1}, {12, 1, 1}, {16, 1, 1}, {24, 1, 2}};
+
+// Shared memory of the pipelined backward, in bytes; strides in elements. Everything follows from the shape,
+// so that the kernel has it as constants.
+struct PipelinedLayout {
+  static constexpr int kMixingStride = 20;  // of a code column's [4, 4]: conflict-free as 16-byte pieces
+  static constexpr int kCodeStride = kCodeTile + 8;
+
+  int items, row_tiles, rows, dim, block_dim, splits, warps, threads;
+  int row_stride, down_stride, up_stride, sum_stride;  // an odd number of 16-byte pieces: for ldmatrix
+  int down = 0, up = 0;          // [16, down_stride] weight * down of every block, or down; [16, up_stride]
+  int weight = 0, weight16 = 0;  // by group and lane c: 8 floats, 8 16-bit values
+  int mixing = 0, down_mean = 0, down_bias = 0;  // [16, 20]; [16, 4]: column sums of `down`, bias @ down
+  int code = 0, grad_mixed = 0;                  // fp32 shares of Z and dH: [warps, 16, 16]
+  int mixed = 0, grad_code = 0;                  // 16-bit H and dZ: [row_tiles, 4, 16, kCodeStride]
+  int row_sums = 0, row_terms = 0;               // float2 [warps, 16]; float4 [rows]
+  int stages = 0, stage_bytes = 0;
+  int grad = 0, mean = 0, rstd = 0;          // within a stage; x is at 0
+  int sums = 0, scale_sums = 0, totals = 0;  // at the end, from `stages` on
+  int bytes = 0;
+
+  constexpr PipelinedLayout(PipelinedShape shape, bool norm)
+      : items(shape.items),
+        row_tiles(shape.row_tiles),
+        rows(shape.row_tiles * kTileRows),
+        dim(shape.groups * kGroupColumns),
+        block_dim(dim / kPipelinedBlocks),
+        splits(shape.groups / kPipelinedBlocks / shape.items),
+        warps(shape.row_tiles * shape.groups / shape.items),
+        threads(warps * 32),
+        row_stride(dim + 8),
+        down_stride((norm ? dim : block_dim) + 8),
+        up_stride(block_dim + 8),
+        sum_stride(block_dim + 8) {
+    up = down + kCodeTile * down_stride * 2;
+    weight = up + kCodeTile * up_stride * 2;
+    weight16 = weight + (norm ? dim * 4 : 0);
+    mixing = weight16 + (norm ? dim * 2 : 0);
+    down_mean = mixing + kCodeTile * kMixingStride * 4;
+    down_bias = down_mean + (norm ? kCodeTile * kPipelinedBlocks * 4 : 0);
+    code = down_bias + (norm ? kCodeTile * kPipelinedBlocks * 4 : 0);
+    grad_mixed = code + warps * kTileRows * kCodeTile * 4;
+    mixed = grad_mixed + warps * kTileRows * kCodeTile * 4;
+    grad_code = mixed + rows * kPipelinedBlocks * kCodeStride * 2;
+    row_sums = grad_code + rows * kPipelinedBlocks * kCodeStride * 2;
+    row_terms = row_sums + (norm ? warps * kTileRows * 8 : 0);
+    stages = align_up(row_terms + (norm ? rows * 16 : 0), 128);
+    grad = rows * row_stride * 2;
+    mean = 2 * grad;
+    rstd = mean + rows * 4;
+    stage_bytes = align_up(rstd + rows * 4, 128);
+    // down | up: [2, row_tiles * 4, 16, sum_stride]; one row of 24 sums a thread; their totals by code
+    // column.
+    sums = stages;
+    scale_sums = sums + 2 * row_tiles * kPipelinedBlocks * kCodeTile * sum_stride * 4;
+    totals = scale_sums + 24 * (threads < rows * kCodeTile ? threads : rows * kCodeTile) * 4;
+    bytes = max_of(stages + kPipelinedStages * stage_bytes, totals + 2 * kPipelinedBlocks * kCodeTile * 4);
   }
 };
 

@@ -45,6 +45,35 @@ bool choose_groups(const AloreShape& s, const AdapterDims& d, AloreForwardPlan& 
   return best_waste >= 0;
 }
 
+// The backward of the shapes that backbones are trained with. R = rstd * dZ, which it rounds, needs bf16's
+// range.
+bool plan_pipelined(const AloreShape& s, const AdapterDims& d, const DeviceLimits& device,
+                    AloreBackwardPlan& plan) {
+  if (s.num_blocks != kPipelinedBlocks || d.code_tiles != 1 || s.input != s.output || s.dropout || s.residual)
+    return false;
+  if (s.norm && (s.output != DType::kBFloat16 || !s.add_base)) return false;
+  for (const PipelinedShape& shape : kPipelinedShapes) {
+    if (shape.groups * kGroupColumns != s.embed_dim()) continue;
+    const PipelinedLayout layout(shape, s.norm);
+    if (layout.bytes > device.shared_per_block) return false;
+    plan.pipelined = plan.fused = true;
+    plan.warps = layout.warps;
+    plan.row_tiles = shape.row_tiles;
+    plan.stages = kPipelinedStages;
+    plan.key_splits = layout.splits;
+    plan.items_per_warp = shape.items;
+    plan.parts = shape.row_tiles;
+    plan.blocks = clamp_int((s.num_tokens + layout.rows - 1) / layout.rows, 1, device.num_sms);
+    plan.shared_bytes = layout.bytes;
+    return true;
+  }
+  return false;
+}
+
+int64_t partial_sum_bytes(const AloreShape& s, int blocks) {
+  return blocks * (s.scale_size() + 2 * s.down_size()) * 4;
+}
+
 }  // namespace
 
 AloreForwardPlan plan_alore_forward(const AloreShape& s, const DeviceLimits& device) {
@@ -88,6 +117,10 @@ AloreBackwardPlan plan_alore_backward(const AloreShape& s, const DeviceLimits& d
     return plan;
   }
   const AdapterDims d = dims_of(s);
+  if (plan_pipelined(s, d, device, plan)) {
+    plan.workspace_bytes = partial_sum_bytes(s, plan.blocks);
+    return plan;
+  }
   if (d.padded_width == 48) {
     plan.reason = "num_experts * rank between 33 and 48";  // threads are dealt out in powers of two
     return plan;
@@ -136,7 +169,7 @@ AloreBackwardPlan plan_alore_backward(const AloreShape& s, const DeviceLimits& d
   }
   plan.parts = plan.items_per_warp > 1 ? 1 : std::min(plan.warps / items, plan.row_tiles * d.num_blocks);
   plan.blocks = clamp_int((tiles + plan.row_tiles - 1) / plan.row_tiles, 1, device.num_sms);
-  plan.workspace_bytes = plan.blocks * (s.scale_size() + 2 * s.down_size()) * 4;
+  plan.workspace_bytes = partial_sum_bytes(s, plan.blocks);
   plan.fused = true;
   return plan;
 }
@@ -158,10 +191,11 @@ std::string AloreBackwardPlan::to_string() const {
   if (!fused) {
     out << "AloreBackwardPlan(path=general, reason=" << reason << ")";
   } else {
-    out << "AloreBackwardPlan(path=fused, blocks=" << blocks << ", warps=" << warps
-        << ", row_tiles=" << row_tiles << ", stages=" << stages << ", key_splits=" << key_splits
-        << ", items_per_warp=" << items_per_warp << ", parts=" << parts << ", shared_bytes=" << shared_bytes
-        << ", workspace_bytes=" << workspace_bytes << ")";
+    out << "AloreBackwardPlan(path=fused, pipelined=" << (pipelined ? "true" : "false")
+        << ", blocks=" << blocks << ", warps=" << warps << ", row_tiles=" << row_tiles
+        << ", stages=" << stages << ", key_splits=" << key_splits << ", items_per_warp=" << items_per_warp
+        << ", parts=" << parts << ", shared_bytes=" << shared_bytes << ", workspace_bytes=" << workspace_bytes
+        << ")";
   }
   return out.str();
 }

@@ -23,7 +23,9 @@ struct FusedCall {
         down(c.factors.down.contiguous()),
         up(c.factors.up.contiguous()),
         weight(contiguous(c.weight)),
-        bias(contiguous(c.bias)) {}
+        bias(contiguous(c.bias)) {
+    shape.dropout = c.dropout_p != 0.0;
+  }
 
   static at::ScalarType affine_type(const AloreCall& c) {
     if (c.weight.has_value() && c.weight->defined()) return c.weight->scalar_type();
@@ -83,7 +85,8 @@ bool CudaBackend::fused_backward(const AloreCall& call, const Tensor& grad_out, 
                                  const Tensor& mean, const Tensor& rstd, const Tensor& grad_x,
                                  FactorGrads& grads) {
   if (!is_square(call.factors.scale, call.factors.down, call.factors.up)) return false;
-  const FusedCall f(call);
+  FusedCall f(call);
+  f.shape.residual = grad_sum.defined();
   const auto plan = kernels::plan_alore_backward(f.shape, device_limits());
   if (!plan.fused) {
     note_general_path(call, plan.reason);

@@ -27,8 +27,11 @@ def tensors(num_experts=4, embed_dim=768, rank=4, tokens=50432, dtype=torch.bflo
     )
 
 
-def plan(limits=H200, backward=False, norm=True, residual=True, out_dtype=None, **shape):
+def plan(
+    limits=H200, backward=False, norm=True, residual=True, out_dtype=None, dropout_p=0.0, returns_sum=False, **shape
+):
     options = {"norm": norm, "residual": residual, "out_dtype": out_dtype, "backward": backward}
+    options |= {"dropout_p": dropout_p, "returns_sum": returns_sum}
     return ops.plan_alore(*tensors(**shape), **options, **limits)
 
 
@@ -134,6 +137,47 @@ class TestBackwardOnly:
         assert not refused.fused and "factor gradients do not fit the registers" in refused.reason
 
 
+class TestPipelined:
+    """The backward of the common shapes: what is inside, and each way out of it."""
+
+    @pytest.mark.parametrize("embed_dim", [128, 256, 384, 512, 768])
+    @pytest.mark.parametrize("norm", [True, False])
+    def test_widths(self, embed_dim, norm):
+        for rank in (1, 4):
+            p = plan(backward=True, embed_dim=embed_dim, norm=norm, rank=rank)
+            assert p.pipelined and p.stages == 3 and "pipelined=true" in repr(p), p
+            assert p.warps * p.items_per_warp == p.row_tiles * embed_dim // 32
+            assert p.key_splits * p.items_per_warp == embed_dim // 128
+
+    @pytest.mark.parametrize(
+        "other",
+        [
+            {"embed_dim": 640},
+            {"embed_dim": 1024},
+            {"num_experts": 2},
+            {"rank": 5},
+            {"dtype": torch.float16},
+            {"dtype": torch.float32, "out_dtype": torch.bfloat16},
+            {"dropout_p": 0.1},
+            {"returns_sum": True},
+            {"limits": RTX},
+        ],
+        ids=str,
+    )
+    def test_what_is_outside(self, other):
+        p = plan(other.get("limits", H200), True, **{n: v for n, v in other.items() if n != "limits"})
+        assert p.fused and not p.pipelined and "pipelined=false" in repr(p), p
+
+    def test_float16_without_a_norm(self):
+        """Behind a norm the gradient's code times rstd is rounded, which needs bfloat16's range."""
+        assert plan(backward=True, norm=False, dtype=torch.float16).pipelined
+
+    def test_shared_memory_decides(self):
+        least = plan(backward=True).shared_bytes
+        assert plan(H200 | {"shared_per_block": least}, True).pipelined
+        assert not plan(H200 | {"shared_per_block": least - 1}, True).pipelined
+
+
 class TestForwardOnly:
     def test_registers(self):
         """A float32 row takes twice the registers of a 16-bit one: 8 warps of 6 groups of 32 columns hold no more."""
@@ -218,13 +262,14 @@ def test_any_shape(shape, types, limits):
         assert (forward.blocks - 1) * teams < max(tiles, 1), forward
     if backward.fused:
         items = -(-block_dim // 32) * -(-width // 16)
+        assert (backward.blocks - 1) * backward.row_tiles < max(tiles, 1), backward
+        assert backward.blocks <= limits["num_sms"]
+        factors = shape["num_experts"] * shape["blocks"] ** 2 + 2 * width * block_dim
+        assert backward.workspace_bytes == 4 * backward.blocks * factors
+    if backward.fused and not backward.pipelined:
         assert backward.warps in (8, 12) and backward.row_tiles in (1, 2, 4, 8), backward
         assert backward.warps * backward.items_per_warp >= items * backward.parts, backward
         assert 1 <= backward.stages and 1 <= backward.key_splits and 1 <= backward.parts, backward
         assert backward.row_tiles * shape["blocks"] * backward.key_splits <= max(
             backward.warps, backward.row_tiles * shape["blocks"]
         ), backward
-        assert (backward.blocks - 1) * backward.row_tiles < max(tiles, 1), backward
-        assert backward.blocks <= limits["num_sms"]
-        factors = shape["num_experts"] * shape["blocks"] ** 2 + 2 * width * block_dim
-        assert backward.workspace_bytes == 4 * backward.blocks * factors
