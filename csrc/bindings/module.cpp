@@ -153,6 +153,7 @@ PYBIND11_MODULE(_C, m) {
   py::class_<AloreForwardPlan>(m, "AloreForwardPlan")
       .def_readonly("fused", &AloreForwardPlan::fused)
       .def_readonly("reason", &AloreForwardPlan::reason)
+      .def_readonly("pipelined", &AloreForwardPlan::pipelined)
       .def_readonly("groups_per_warp", &AloreForwardPlan::groups_per_warp)
       .def_readonly("warps_per_tile", &AloreForwardPlan::warps_per_tile)
       .def_readonly("tiles_per_block", &AloreForwardPlan::tiles_per_block)

@@ -51,6 +51,7 @@ struct DeviceLimits {
 // warps hold `groups_per_warp` groups each in registers.
 struct AloreForwardPlan {
   bool fused = false;
+  bool pipelined = false;   // by alore_fwd_pipelined.cu: `tiles_per_block` teams, each with tiles of its own
   const char* reason = "";  // why not, where it is not
   int groups_per_warp = 0, warps_per_tile = 0, tiles_per_block = 0;
   bool even = false;  // blocks are whole groups and warps have full counts: no column needs a check

@@ -1,13 +1,13 @@
 // Backward of the fused ALoRE adapter: the kernel that the plan names, and a second launch that adds up what
 // its blocks left.
-#include "kernels/alore_bwd.cuh"
+#include "kernels/alore_fused.cuh"
 #include "kernels/cuda_common.cuh"
 
 namespace alore::kernels {
 namespace {
 
-// Adds the blocks' partial sums in order: 32 entries a block, 8 threads an entry.
-constexpr int kReduceLanes = 8;
+// Adds the blocks' partial sums in order: 32 entries a block, 16 threads an entry.
+constexpr int kReduceLanes = 16;
 
 template <typename Factor>
 __global__ void __launch_bounds__(32 * kReduceLanes)
@@ -17,6 +17,7 @@ __global__ void __launch_bounds__(32 * kReduceLanes)
   const int x = threadIdx.x % 32, y = threadIdx.x / 32, i = blockIdx.x * 32 + x;
   float sum = 0.0f;
   if (i < entries) {
+#pragma unroll 9
     for (int b = y; b < blocks; b += kReduceLanes) sum += partial[static_cast<int64_t>(b) * entries + i];
   }
   sums[y][x] = sum;

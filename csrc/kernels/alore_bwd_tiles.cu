@@ -17,7 +17,7 @@
 //   sum_j weight_j (dZ down^T)_j = sum_w dZ_w (weight @ down)_w
 //   sum_j n_j weight_j (dZ down^T)_j = sum_w dZ_w (Z - bias @ down)_w          since base = n * weight + bias
 // so that d(base) is made once, in the last step.
-#include "kernels/alore_bwd.cuh"
+#include "kernels/alore_fused.cuh"
 #include "kernels/alore_tile.cuh"
 
 namespace alore::kernels {

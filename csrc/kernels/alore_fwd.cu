@@ -1,10 +1,11 @@
-// Forward of the fused ALoRE adapter: each row is read once into registers and written once.
+// Forward of the fused ALoRE adapter for any shape of its domain; alore_fwd_pipelined.cu takes the common
+// ones. Each row is read once into registers and written once.
 //
 // A team of `warps_per_tile` warps takes a tile of 16 tokens. Columns are dealt out in groups of 32
 // (alore_tile.cuh), consecutive groups to a warp. Partial codes meet in shared memory: warp v's share of
 // block a's code is slot v + a, which is distinct for every pair that occurs, since a block that two warps
 // share is the last of the one and the first of the other.
-#include "kernels/alore.h"
+#include "kernels/alore_fused.cuh"
 #include "kernels/alore_rows.cuh"
 
 namespace alore::kernels {
@@ -309,6 +310,7 @@ void alore_forward(const CudaContext& context, const AloreShape& s, const AloreF
                    const AloreForwardArgs& a) {
   if (!plan.fused) throw std::runtime_error("alore_forward: no fused kernel for this shape");
   if (s.num_tokens == 0) return;
+  if (plan.pipelined) return alore_forward_pipelined(context, s, plan, a);
   const AdapterDims dims = dims_of(s);
   const ForwardLayout layout(dims, plan.groups_per_warp, plan.warps_per_tile, plan.tiles_per_block, s.norm,
                              s.input == DType::kFloat32);

@@ -2,7 +2,7 @@
 #include <sstream>
 
 #include "kernels/alore.h"
-#include "kernels/alore_layout.h"
+#include "kernels/alore_pipelined_layout.h"
 
 namespace alore::kernels {
 namespace {
@@ -45,29 +45,48 @@ bool choose_groups(const AloreShape& s, const AdapterDims& d, AloreForwardPlan& 
   return best_waste >= 0;
 }
 
-// The backward of the shapes that backbones are trained with. R = rstd * dZ, which it rounds, needs bf16's
-// range.
-bool plan_pipelined(const AloreShape& s, const AdapterDims& d, const DeviceLimits& device,
-                    AloreBackwardPlan& plan) {
-  if (s.num_blocks != kPipelinedBlocks || d.code_tiles != 1 || s.input != s.output || s.dropout || s.residual)
-    return false;
-  if (s.norm && (s.output != DType::kBFloat16 || !s.add_base)) return false;
-  for (const PipelinedShape& shape : kPipelinedShapes) {
-    if (shape.groups * kGroupColumns != s.embed_dim()) continue;
-    const PipelinedLayout layout(shape, s.norm);
-    if (layout.bytes > device.shared_per_block) return false;
-    plan.pipelined = plan.fused = true;
-    plan.warps = layout.warps;
-    plan.row_tiles = shape.row_tiles;
-    plan.stages = kPipelinedStages;
-    plan.key_splits = layout.splits;
-    plan.items_per_warp = shape.items;
-    plan.parts = shape.row_tiles;
-    plan.blocks = clamp_int((s.num_tokens + layout.rows - 1) / layout.rows, 1, device.num_sms);
-    plan.shared_bytes = layout.bytes;
-    return true;
-  }
-  return false;
+// The shape among `shapes` that the pipelined kernels take s in, or null.
+template <size_t kCount>
+const PipelinedShape* pipelined_shape(const AloreShape& s, const PipelinedShape (&shapes)[kCount]) {
+  if (s.num_blocks != kPipelinedBlocks || s.width() > kCodeTile || s.input != s.output || s.dropout ||
+      s.residual || (s.norm && !s.add_base))
+    return nullptr;
+  const auto* found = std::ranges::find(shapes, s.embed_dim(), [](const PipelinedShape& shape) {
+    return static_cast<int64_t>(shape.groups) * kGroupColumns;
+  });
+  return found == std::end(shapes) ? nullptr : found;
+}
+
+bool plan_pipelined(const AloreShape& s, const DeviceLimits& device, AloreForwardPlan& plan) {
+  const PipelinedShape* shape = pipelined_shape(s, kPipelinedForward);
+  if (shape == nullptr) return false;
+  const PipelinedForwardLayout layout(*shape, s.norm);
+  if (layout.bytes > device.shared_per_block) return false;
+  plan.pipelined = plan.fused = plan.even = true;
+  plan.groups_per_warp = shape->items;
+  plan.warps_per_tile = layout.warps;
+  plan.tiles_per_block = shape->teams;
+  const int64_t rows = int64_t{layout.rows} * shape->teams;
+  plan.blocks = clamp_int((s.num_tokens + rows - 1) / rows, 1, device.num_sms);
+  plan.shared_bytes = layout.bytes;
+  return true;
+}
+
+// R = rstd * dZ, which the backward behind a norm rounds, needs bf16's range.
+bool plan_pipelined(const AloreShape& s, const DeviceLimits& device, AloreBackwardPlan& plan) {
+  const PipelinedShape* shape = pipelined_shape(s, kPipelinedBackward);
+  if (shape == nullptr || (s.norm && s.output != DType::kBFloat16)) return false;
+  const PipelinedBackwardLayout layout(*shape, s.norm);
+  if (layout.bytes > device.shared_per_block) return false;
+  plan.pipelined = plan.fused = true;
+  plan.warps = layout.warps;
+  plan.row_tiles = plan.parts = shape->row_tiles;
+  plan.stages = kPipelinedStages;
+  plan.key_splits = layout.splits;
+  plan.items_per_warp = shape->items;
+  plan.blocks = clamp_int((s.num_tokens + layout.rows - 1) / layout.rows, 1, device.num_sms);
+  plan.shared_bytes = layout.bytes;
+  return true;
 }
 
 int64_t partial_sum_bytes(const AloreShape& s, int blocks) {
@@ -82,6 +101,7 @@ AloreForwardPlan plan_alore_forward(const AloreShape& s, const DeviceLimits& dev
     plan.reason = why;
     return plan;
   }
+  if (plan_pipelined(s, device, plan)) return plan;
   const AdapterDims d = dims_of(s);
   if (!choose_groups(s, d, plan)) {
     plan.reason = "a row does not fit the registers of 8 warps";
@@ -117,7 +137,7 @@ AloreBackwardPlan plan_alore_backward(const AloreShape& s, const DeviceLimits& d
     return plan;
   }
   const AdapterDims d = dims_of(s);
-  if (plan_pipelined(s, d, device, plan)) {
+  if (plan_pipelined(s, device, plan)) {
     plan.workspace_bytes = partial_sum_bytes(s, plan.blocks);
     return plan;
   }
@@ -179,7 +199,8 @@ std::string AloreForwardPlan::to_string() const {
   if (!fused) {
     out << "AloreForwardPlan(path=general, reason=" << reason << ")";
   } else {
-    out << "AloreForwardPlan(path=fused, blocks=" << blocks << ", tiles_per_block=" << tiles_per_block
+    out << "AloreForwardPlan(path=fused, pipelined=" << (pipelined ? "true" : "false")
+        << ", blocks=" << blocks << ", tiles_per_block=" << tiles_per_block
         << ", warps_per_tile=" << warps_per_tile << ", groups_per_warp=" << groups_per_warp
         << ", even=" << (even ? "true" : "false") << ", shared_bytes=" << shared_bytes << ")";
   }

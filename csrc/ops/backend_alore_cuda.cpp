@@ -60,7 +60,8 @@ void note_general_path(const AloreCall& call, const char* reason) {
 bool CudaBackend::fused_forward(const AloreCall& call, const Tensor& out, const Tensor& sum,
                                 const Tensor& mean, const Tensor& rstd) {
   if (!is_square(call.factors.scale, call.factors.down, call.factors.up)) return false;
-  const FusedCall f(call);
+  FusedCall f(call);
+  f.shape.residual = call.residual.defined();
   const auto plan = kernels::plan_alore_forward(f.shape, device_limits());
   if (!plan.fused) {
     note_general_path(call, plan.reason);

@@ -1,0 +1,249 @@
+// Pieces that the pipelined forward and backward share.
+//
+// Both fold the norm into the products. With n = (x - mean) * rstd and base = n * weight + bias,
+//   Z = base @ down = rstd * (x @ D - mean * sum(D)) + bias @ down,    D = weight * down
+// so the tensor cores take x as it was read, by ldmatrix, and no normalised row is made for them. D is
+// rounded to 16 bits, base is not; sum(D) adds the same rounded values, so that a large mean costs nothing.
+#pragma once
+
+#include "kernels/alore_pipelined_layout.h"
+#include "kernels/alore_tile.cuh"
+
+namespace alore::kernels {
+
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+// Four 8 x 8 matrices of 16-bit values, their rows at the lanes' addresses.
+__device__ __forceinline__ void load_matrices(uint32_t (&m)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+               : "r"(address)
+               : "memory");
+}
+
+__device__ __forceinline__ void load_matrices_transposed(uint32_t (&m)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+               : "r"(address)
+               : "memory");
+}
+
+// A lane's part of the addresses of a [16, 16] piece of rows `stride` elements apart: as the A operand, or,
+// read transposed, as the B operand that sums over the rows.
+__device__ __forceinline__ uint32_t operand_rows(int lane, int stride) {
+  return (lane % 16) * stride * 2 + lane / 16 * 16;
+}
+
+// The same as the B operand that sums over the columns, two tiles of 8 rows.
+__device__ __forceinline__ uint32_t operand_columns(int lane, int stride) {
+  return (lane / 16 * 8 + lane % 8) * stride * 2 + lane / 8 % 2 * 16;
+}
+
+// Where a column's weight stands: by its group and the lane that holds it in a product's result, columns 2c
+// and 2c + 1 of each of four tiles of 8.
+__device__ __forceinline__ int by_lane(int column) {
+  return (column & ~31) + column % 8 / 2 * 8 + column % 32 / 8 * 2 + column % 2;
+}
+
+// Code columns of rows 2, 3, 6 and 7 of 8 change halves: fp32 codes are stored without bank conflicts.
+__device__ __forceinline__ int code_column(int row, int w) { return w ^ (row & 2) << 2; }
+
+// The result of a code product of 16 rows, to [16, 16] floats.
+__device__ __forceinline__ void store_code(float* code, const float (&z)[2][4], int g, int c) {
+#pragma unroll
+  for (int n = 0; n < 2; ++n) {
+    float* to = code + g * kCodeTile + code_column(g, n * 8 + 2 * c);
+    *reinterpret_cast<float2*>(to) = {z[n][0], z[n][1]};
+    *reinterpret_cast<float2*>(to + 8 * kCodeTile) = {z[n][2], z[n][3]};
+  }
+}
+
+struct Four {
+  float v[kPipelinedBlocks];
+};
+
+__device__ __forceinline__ Four shared4(const float* p) {
+  const float4 q = *reinterpret_cast<const float4*>(p);
+  return {{q.x, q.y, q.z, q.w}};
+}
+
+// Sums over the 16 lanes that have a row's code columns.
+__device__ __forceinline__ float code_sum16(float v) {
+#pragma unroll
+  for (int offset = 8; offset > 0; offset /= 2) v += __shfl_xor_sync(0xffffffffu, v, offset);
+  return v;
+}
+
+// Values of a vector on their way from global memory: loaded together, used later.
+template <int kCount>
+struct VectorBatch {
+  uint32_t bits[kCount];
+  __device__ __forceinline__ void load(const void* source, DType type, int count) {
+    const bool wide = type == DType::kFloat32;
+#pragma unroll
+    for (int u = 0; u < kCount; ++u) {
+      const int i = threadIdx.x + u * blockDim.x;
+      bits[u] = i < count ? factor_bits(source, wide, i) : 0;
+    }
+  }
+  template <typename Put>
+  __device__ __forceinline__ void put(DType type, int count, Put put_value) const {
+#pragma unroll
+    for (int u = 0; u < kCount; ++u) {
+      const int i = threadIdx.x + u * blockDim.x;
+      if (i < count) put_value(i, factor_value(bits[u], type));
+    }
+  }
+};
+
+// The norm's weight or bias, `missing` where there is none.
+template <int kDim, int kThreads>
+struct AffineBatch {
+  VectorBatch<ceil_div(kDim, kThreads)> values;
+  __device__ __forceinline__ void load(const void* vector, DType type) {
+    if (vector != nullptr) values.load(vector, type, kDim);
+  }
+  template <typename Put>
+  __device__ __forceinline__ void put(const void* vector, DType type, float missing, Put put_value) const {
+    if (vector != nullptr) {
+      values.put(type, kDim, put_value);
+    } else {
+      for (int i = threadIdx.x; i < kDim; i += kThreads) put_value(i, missing);
+    }
+  }
+};
+
+struct AffineSource {
+  const void *weight, *bias;
+  DType type;
+};
+
+// Makes the factors' images at `shared`; all values are on their way before the first is used. Every weight
+// and bias is also given to put_affine(column, weight, is_bias). `scratch` is FactorImages::scratch_bytes of
+// memory that is free until the block's next barrier but one.
+template <typename T, int kDim, int kThreads, bool kNorm, typename PutAffine>
+__device__ __forceinline__ void make_images(unsigned char* shared, float* scratch, const FactorSource& f,
+                                            const AffineSource& affine, PutAffine put_affine) {
+  constexpr FactorImages kI(kDim, kNorm);
+  constexpr int kBlocks = kPipelinedBlocks, kBlockDim = kDim / kBlocks;
+  const int width = f.num_experts * f.rank, factor_size = width * kBlockDim;
+  const int scale_size = f.num_experts * kBlocks * kBlocks;
+  const AdapterDims dims(kBlocks, kBlockDim, width);
+  VectorBatch<ceil_div(kCodeTile * kBlockDim, kThreads)> down_values, up_values;
+  VectorBatch<1> scale_values;
+  AffineBatch<kDim, kThreads> weights, biases;
+  static_assert(kThreads >= kCodeTile * kBlocks * 4);
+  up_values.load(f.up, f.type, factor_size);
+  down_values.load(f.down, f.type, factor_size);
+  scale_values.load(f.scale, f.type, scale_size);
+  if constexpr (kNorm) {
+    weights.load(affine.weight, affine.type);
+    biases.load(affine.bias, affine.type);
+  }
+
+  auto *down = reinterpret_cast<T*>(shared + kI.down), *up = reinterpret_cast<T*>(shared + kI.up);
+  auto *weight = reinterpret_cast<float*>(shared + kI.weight),
+       *mixing = reinterpret_cast<float*>(shared + kI.mixing);
+  float *plain_down = scratch, *bias = scratch + kCodeTile * kBlockDim;
+  fill_zero(shared, kI.weight);
+  for (int i = threadIdx.x; i < kCodeTile * FactorImages::kMixingStride; i += kThreads) mixing[i] = 0.0f;
+  if constexpr (kNorm) {
+    for (int i = threadIdx.x; i < kCodeTile * kBlockDim; i += kThreads) plain_down[i] = 0.0f;
+    weights.put(affine.weight, affine.type, 1.0f, [&](int i, float v) {
+      weight[by_lane(i)] = v;
+      put_affine(i, v, false);
+    });
+    biases.put(affine.bias, affine.type, 0.0f, [&](int i, float v) {
+      bias[i] = v;
+      put_affine(i, v, true);
+    });
+  }
+  __syncthreads();
+  const UpPlace up_place(dims);
+  up_values.put(f.type, factor_size, [&](int i, float v) {
+    const CodePlace place = up_place(i);
+    up[place.w * kI.up_stride + place.j] = convert<T>(v);
+  });
+  const DownPlace down_place(dims, f.rank);
+  down_values.put(f.type, factor_size, [&](int i, float v) {
+    const CodePlace place = down_place(i);
+    T* to = down + place.w * kI.down_stride + place.j;
+    if constexpr (kNorm) {
+      plain_down[place.w * kBlockDim + place.j] = v;
+#pragma unroll
+      for (int a = 0; a < kBlocks; ++a)
+        to[a * kBlockDim] = convert<T>(weight[by_lane(a * kBlockDim + place.j)] * v);
+    } else {
+      *to = convert<T>(v);
+    }
+  });
+  scale_values.put(f.type, scale_size, [&](int i, float v) {
+    const int e = i / (kBlocks * kBlocks), ab = i % (kBlocks * kBlocks);
+    for (int k = 0; k < f.rank; ++k) mixing[(e * f.rank + k) * FactorImages::kMixingStride + ab] = v;
+  });
+  __syncthreads();
+  if constexpr (kNorm) {
+    // Four threads a sum over a block's columns.
+    if (threadIdx.x < kCodeTile * kBlocks * 4) {
+      const int q = threadIdx.x % 4, w = threadIdx.x / 4 % kCodeTile, a = threadIdx.x / (4 * kCodeTile);
+      const T* row = down + w * kI.down_stride + a * kBlockDim;
+      float sum = 0.0f, of_bias = 0.0f;
+#pragma unroll 2
+      for (int j = q * 8; j < kBlockDim; j += 32) {
+        const Eight d = shared8(row + j), o = shared8(bias + a * kBlockDim + j);
+        const Eight v = shared8(plain_down + w * kBlockDim + j);
+#pragma unroll
+        for (int e = 0; e < 8; ++e) {
+          sum += d.v[e];
+          of_bias += o.v[e] * v.v[e];
+        }
+      }
+      sum = row_sum(sum);
+      of_bias = row_sum(of_bias);
+      if (q == 0) {
+        reinterpret_cast<float*>(shared + kI.down_mean)[w * kBlocks + a] = sum;
+        reinterpret_cast<float*>(shared + kI.down_bias)[w * kBlocks + a] = of_bias;
+      }
+    }
+    __syncthreads();
+  }
+}
+
+// Copies rows [first, first + kRows) of each of `sources` into rows kRowBytes apart, `apart` bytes from one
+// source to the next; rows past the end become zeros. Sixteen bytes a thread at a time.
+template <int kDim, int kRows, int kThreads, typename T, int kSources>
+__device__ __forceinline__ void copy_rows_async(unsigned char* to, int apart, int thread,
+                                                const T* const (&sources)[kSources], int64_t first,
+                                                int64_t num_tokens) {
+  constexpr int kPieces = kDim / 8, kStep = kThreads / kPieces, kRowBytes = (kDim + 8) * 2;
+  static_assert(kThreads % kPieces == 0 && kRows % kStep == 0);
+  const int row = thread / kPieces, piece = thread % kPieces;
+  const int64_t from = (first + row) * kDim + piece * 8;
+  const int live_rows = static_cast<int>(min(num_tokens - first, static_cast<int64_t>(kRows))) - row;
+  to += row * kRowBytes + piece * 16;
+#pragma unroll
+  for (int i = 0; i < kRows; i += kStep) {
+    const bool live = i < live_rows;
+#pragma unroll
+    for (int s = 0; s < kSources; ++s)
+      copy_async_16(to + s * apart + i * kRowBytes, sources[s] + (live ? from + i * kDim : 0), live);
+  }
+}
+
+// A warp's 16 rows of kItems * 32 columns, made in shared memory, to global memory; `rows` live ones.
+template <int kDim, int kItems, typename T>
+__device__ __forceinline__ void store_rows(const unsigned char* from, T* to, int lane, int64_t rows) {
+  constexpr int kPieces = kItems * 4, kStep = 32 / kPieces, kRowBytes = (kDim + 8) * 2;
+  const int row = lane / kPieces, piece = lane % kPieces;
+  from += row * kRowBytes + piece * 16;
+  to += row * kDim + piece * 8;
+#pragma unroll
+  for (int i = 0; i < kTileRows; i += kStep) {
+    const uint4 v = load_shared_16(from + i * kRowBytes);
+    if (row + i < rows) store_16(to + i * kDim, v);
+  }
+}
+
+}  // namespace alore::kernels
