@@ -21,9 +21,10 @@ DTYPES = [
     (torch.bfloat16, torch.float32, 1e-1),
     (torch.float16, torch.float16, 5e-2),
 ]
-# num_experts, block width, rank: odd, large and degenerate; (4, 32, 4) and (4, 96, 4) are of the fused kernels' fast
+# num_experts, block width, rank: odd, large and degenerate; then the widths of the pipelined kernels.
 # paths, (8, 16, 4) and (4, 24, 16) of their general one.
-FACTORS = [(1, 24, 4), (4, 24, 4), (3, 7, 5), (32, 3, 1), (2, 9, 64), (4, 32, 4), (4, 96, 4), (8, 16, 4), (4, 24, 16)]
+FACTORS = [(1, 24, 4), (4, 24, 4), (3, 7, 5), (32, 3, 1), (2, 9, 64), (8, 16, 4), (4, 24, 16)]
+FACTORS += [(4, width, 4) for width in (32, 64, 96, 128, 192, 256)]
 TOKENS = (0, 1, 19, 197)
 # Feature maps of the axial shifts: pixels in whole vectors and not, planes smaller than one, groups of one channel.
 IMAGES = [(0, 8, 3, 3), (1, 1, 1, 1), (2, 7, 3, 5), (3, 40, 7, 7), (2, 24, 14, 9), (1, 128, 5, 2)]

@@ -72,7 +72,8 @@ struct AloreBackwardPlan {
   int parts = 0;           // warps that share one piece, each a part of the tile's rows
   int blocks = 0;
   int shared_bytes = 0;
-  int64_t workspace_bytes = 0;  // one partial sum of every factor gradient a block
+  int64_t workspace_bytes = 0;     // one partial sum of every factor gradient a block
+  bool overlaps_launches = false;  // the second launch begins while the first ends (9.0 and later)
 
   std::string to_string() const;
 };

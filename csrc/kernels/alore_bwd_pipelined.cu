@@ -311,8 +311,9 @@ class PipelinedBackward {
                              p.num_tokens - first);
   }
 
-  // The block's sums, added in a fixed order, in the factors' own layout.
+  // The block's sums, added in a fixed order; d(down) as [width, block_dim], like up.
   __device__ __forceinline__ void finish() {
+    allow_next_launch();
     AffineBatch<kDim, kL.threads> biases;
     if constexpr (kNorm) biases.load(p.affine.bias, p.affine.type);
     constexpr int kSlots = kRowTiles * kBlocks, kSlotSize = kCodeTile * kL.sum_stride;
@@ -375,15 +376,22 @@ class PipelinedBackward {
     }
     __syncthreads();
 
-    const AdapterDims dims(kBlocks, kBlockDim, f.num_experts * f.rank);
-    const DownPlace down_place(dims, f.rank);
-    const UpPlace up_place(dims);
-    const auto* weight = at<float>(kI.weight);
-#pragma unroll 1
-    for (int i = threadIdx.x; i < factor_size; i += kL.threads) {
-      const CodePlace of_down = down_place(i), of_up = up_place(i);
-      const float* up_at = sums + kSlots * kSlotSize + of_up.w * kL.sum_stride + of_up.j;
-      const float* down_at = sums + of_down.w * kL.sum_stride + of_down.j;
+    using Walk = FactorWalk<kBlockDim, kL.threads>;
+    const Walk walk(f.num_experts, f.rank);
+    Four weights, columns_bias;
+    if constexpr (kNorm) {
+#pragma unroll
+      for (int a = 0; a < kBlocks; ++a) {
+        weights.v[a] = at<float>(kI.weight)[a * kBlockDim + by_lane(walk.j)];
+        columns_bias.v[a] = bias[a * kBlockDim + walk.j];
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < Walk::kCount; ++u) {
+      const int w = walk.first + u * Walk::kStep;
+      if (w >= walk.width) break;
+      const float* down_at = sums + w * kL.sum_stride + walk.j;
+      const float* up_at = down_at + kSlots * kSlotSize;
       float up = 0.0f, down = 0.0f;
 #pragma unroll
       for (int a = 0; a < kBlocks; ++a) {
@@ -394,14 +402,13 @@ class PipelinedBackward {
           of_block += down_at[(tile * kBlocks + a) * kSlotSize];
         }
         if constexpr (kNorm) {
-          const int column = a * kBlockDim + of_down.j;
-          of_block = weight[by_lane(column)] * (of_block - totals[a * kCodeTile + of_down.w]) +
-                     bias[column] * totals[(kBlocks + a) * kCodeTile + of_down.w];
+          of_block = weights.v[a] * (of_block - totals[a * kCodeTile + w]) +
+                     columns_bias.v[a] * totals[(kBlocks + a) * kCodeTile + w];
         }
         down += of_block;
       }
-      out[scale_size + i] = down;
-      out[scale_size + factor_size + i] = up;
+      out[scale_size + walk.in_up(w)] = down;
+      out[scale_size + factor_size + walk.in_up(w)] = up;
     }
   }
 };

@@ -12,7 +12,7 @@ void alore_forward_pipelined(const CudaContext& context, const AloreShape& shape
 // The backward kernels leave one partial sum of the factors' gradients a block in args.workspace:
 // [plan.blocks, scale | down | up] floats.
 
-// Needs plan.pipelined.
+// Needs plan.pipelined. d(down) is left as [num_experts, rank, block_dim].
 void alore_backward_pipelined(const CudaContext& context, const AloreShape& shape,
                               const AloreBackwardPlan& plan, const AloreBackwardArgs& args);
 

@@ -120,23 +120,47 @@ struct AffineSource {
   DType type;
 };
 
+// A factor's entries (w, j), code column and block column, dealt out to a block's threads: a thread has one j
+// and every kStep-th w, so that what belongs to a column is read once.
+template <int kBlockDim, int kThreads>
+struct FactorWalk {
+  static_assert(kThreads % kBlockDim == 0);
+  static constexpr int kStep = kThreads / kBlockDim, kCount = ceil_div(kCodeTile, kStep);
+  const int j = threadIdx.x % kBlockDim, first = threadIdx.x / kBlockDim;
+  const FastDivide by_rank;
+  const int rank, width;
+  __device__ FactorWalk(int num_experts, int r) : by_rank(r), rank(r), width(num_experts * r) {}
+  // In down [num_experts, block_dim, rank], and in up [num_experts, rank, block_dim].
+  __device__ __forceinline__ int in_down(int w) const {
+    const int e = by_rank.quotient(w);
+    return (e * kBlockDim + j) * rank + w - e * rank;
+  }
+  __device__ __forceinline__ int in_up(int w) const { return w * kBlockDim + j; }
+};
+
 // Makes the factors' images at `shared`; all values are on their way before the first is used. Every weight
-// and bias is also given to put_affine(column, weight, is_bias). `scratch` is FactorImages::scratch_bytes of
+// and bias is also given to put_affine(column, value, is_bias). `scratch` is FactorImages::scratch_bytes of
 // memory that is free until the block's next barrier but one.
 template <typename T, int kDim, int kThreads, bool kNorm, typename PutAffine>
 __device__ __forceinline__ void make_images(unsigned char* shared, float* scratch, const FactorSource& f,
                                             const AffineSource& affine, PutAffine put_affine) {
   constexpr FactorImages kI(kDim, kNorm);
   constexpr int kBlocks = kPipelinedBlocks, kBlockDim = kDim / kBlocks;
-  const int width = f.num_experts * f.rank, factor_size = width * kBlockDim;
+  using Walk = FactorWalk<kBlockDim, kThreads>;
+  const Walk walk(f.num_experts, f.rank);
+  const bool wide = f.type == DType::kFloat32;
   const int scale_size = f.num_experts * kBlocks * kBlocks;
-  const AdapterDims dims(kBlocks, kBlockDim, width);
-  VectorBatch<ceil_div(kCodeTile * kBlockDim, kThreads)> down_values, up_values;
+  uint32_t down_bits[Walk::kCount] = {}, up_bits[Walk::kCount] = {};
   VectorBatch<1> scale_values;
   AffineBatch<kDim, kThreads> weights, biases;
   static_assert(kThreads >= kCodeTile * kBlocks * 4);
-  up_values.load(f.up, f.type, factor_size);
-  down_values.load(f.down, f.type, factor_size);
+#pragma unroll
+  for (int u = 0; u < Walk::kCount; ++u) {
+    const int w = walk.first + u * Walk::kStep;
+    if (w >= walk.width) continue;
+    down_bits[u] = factor_bits(f.down, wide, walk.in_down(w));
+    up_bits[u] = factor_bits(f.up, wide, walk.in_up(w));
+  }
   scale_values.load(f.scale, f.type, scale_size);
   if constexpr (kNorm) {
     weights.load(affine.weight, affine.type);
@@ -147,10 +171,8 @@ __device__ __forceinline__ void make_images(unsigned char* shared, float* scratc
   auto *weight = reinterpret_cast<float*>(shared + kI.weight),
        *mixing = reinterpret_cast<float*>(shared + kI.mixing);
   float *plain_down = scratch, *bias = scratch + kCodeTile * kBlockDim;
-  fill_zero(shared, kI.weight);
   for (int i = threadIdx.x; i < kCodeTile * FactorImages::kMixingStride; i += kThreads) mixing[i] = 0.0f;
   if constexpr (kNorm) {
-    for (int i = threadIdx.x; i < kCodeTile * kBlockDim; i += kThreads) plain_down[i] = 0.0f;
     weights.put(affine.weight, affine.type, 1.0f, [&](int i, float v) {
       weight[by_lane(i)] = v;
       put_affine(i, v, false);
@@ -161,37 +183,42 @@ __device__ __forceinline__ void make_images(unsigned char* shared, float* scratc
     });
   }
   __syncthreads();
-  const UpPlace up_place(dims);
-  up_values.put(f.type, factor_size, [&](int i, float v) {
-    const CodePlace place = up_place(i);
-    up[place.w * kI.up_stride + place.j] = convert<T>(v);
-  });
-  const DownPlace down_place(dims, f.rank);
-  down_values.put(f.type, factor_size, [&](int i, float v) {
-    const CodePlace place = down_place(i);
-    T* to = down + place.w * kI.down_stride + place.j;
-    if constexpr (kNorm) {
-      plain_down[place.w * kBlockDim + place.j] = v;
+  float of_block[kBlocks];  // the column's weight in every block
+  if constexpr (kNorm) {
 #pragma unroll
-      for (int a = 0; a < kBlocks; ++a)
-        to[a * kBlockDim] = convert<T>(weight[by_lane(a * kBlockDim + place.j)] * v);
+    for (int a = 0; a < kBlocks; ++a) of_block[a] = weight[a * kBlockDim + by_lane(walk.j)];
+  }
+#pragma unroll
+  for (int u = 0; u < Walk::kCount; ++u) {
+    const int w = walk.first + u * Walk::kStep;  // zeros from `width` on
+    if (w >= kCodeTile) break;
+    up[w * kI.up_stride + walk.j] = convert<T>(factor_value(up_bits[u], f.type));
+    const float v = factor_value(down_bits[u], f.type);
+    T* to = down + w * kI.down_stride + walk.j;
+    if constexpr (kNorm) {
+      plain_down[w * kBlockDim + walk.j] = v;
+#pragma unroll
+      for (int a = 0; a < kBlocks; ++a) to[a * kBlockDim] = convert<T>(of_block[a] * v);
     } else {
       *to = convert<T>(v);
     }
-  });
+  }
   scale_values.put(f.type, scale_size, [&](int i, float v) {
     const int e = i / (kBlocks * kBlocks), ab = i % (kBlocks * kBlocks);
     for (int k = 0; k < f.rank; ++k) mixing[(e * f.rank + k) * FactorImages::kMixingStride + ab] = v;
   });
   __syncthreads();
   if constexpr (kNorm) {
-    // Four threads a sum over a block's columns.
-    if (threadIdx.x < kCodeTile * kBlocks * 4) {
-      const int q = threadIdx.x % 4, w = threadIdx.x / 4 % kCodeTile, a = threadIdx.x / (4 * kCodeTile);
+    // Sums over a block's columns, some threads each.
+    constexpr int kSums = kCodeTile * kBlocks;
+    constexpr int kLanes = kThreads >= kSums * 8 && kBlockDim % 64 == 0 ? 8 : 4;
+    if (threadIdx.x < kSums * kLanes) {
+      const int q = threadIdx.x % kLanes, w = threadIdx.x / kLanes % kCodeTile;
+      const int a = threadIdx.x / (kLanes * kCodeTile);
       const T* row = down + w * kI.down_stride + a * kBlockDim;
       float sum = 0.0f, of_bias = 0.0f;
-#pragma unroll 2
-      for (int j = q * 8; j < kBlockDim; j += 32) {
+#pragma unroll 3
+      for (int j = q * 8; j < kBlockDim; j += kLanes * 8) {
         const Eight d = shared8(row + j), o = shared8(bias + a * kBlockDim + j);
         const Eight v = shared8(plain_down + w * kBlockDim + j);
 #pragma unroll
@@ -200,8 +227,11 @@ __device__ __forceinline__ void make_images(unsigned char* shared, float* scratc
           of_bias += o.v[e] * v.v[e];
         }
       }
-      sum = row_sum(sum);
-      of_bias = row_sum(of_bias);
+#pragma unroll
+      for (int offset = kLanes / 2; offset > 0; offset /= 2) {
+        sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+        of_bias += __shfl_xor_sync(0xffffffffu, of_bias, offset);
+      }
       if (q == 0) {
         reinterpret_cast<float*>(shared + kI.down_mean)[w * kBlocks + a] = sum;
         reinterpret_cast<float*>(shared + kI.down_bias)[w * kBlocks + a] = of_bias;

@@ -137,6 +137,7 @@ AloreBackwardPlan plan_alore_backward(const AloreShape& s, const DeviceLimits& d
     return plan;
   }
   const AdapterDims d = dims_of(s);
+  plan.overlaps_launches = device.capability >= 90;
   if (plan_pipelined(s, device, plan)) {
     plan.workspace_bytes = partial_sum_bytes(s, plan.blocks);
     return plan;

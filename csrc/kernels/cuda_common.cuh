@@ -110,6 +110,21 @@ __device__ __forceinline__ T warp_sum(T v) {
   return v;
 }
 
+// Of a launch that may begin before the last one on its stream has ended (programmatic stream serialization,
+// sm_90): waits until all before it is done and visible. Elsewhere launches follow each other anyway.
+__device__ __forceinline__ void wait_for_launches_before() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Lets such a launch's blocks take the places that this one's leave.
+__device__ __forceinline__ void allow_next_launch() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // 16 bytes in one instruction: left to itself the compiler has split these stores in four, which cost more in
 // the L2 cache than all the rest of a tile.
 __device__ __forceinline__ void store_16(void* p, const uint4& v) {

@@ -137,26 +137,32 @@ class TestBackwardOnly:
         assert not refused.fused and "factor gradients do not fit the registers" in refused.reason
 
 
+@pytest.mark.parametrize("backward", [False, True])
 class TestPipelined:
-    """The backward of the common shapes: what is inside, and each way out of it."""
+    """The kernels of the common shapes: what is inside, and each way out of it."""
 
-    @pytest.mark.parametrize("embed_dim", [128, 256, 384, 512, 768])
+    @pytest.mark.parametrize("embed_dim", [128, 256, 384, 512, 768, 1024])
     @pytest.mark.parametrize("norm", [True, False])
-    def test_widths(self, embed_dim, norm):
+    def test_widths(self, embed_dim, norm, backward):
         for rank in (1, 4):
-            p = plan(backward=True, embed_dim=embed_dim, norm=norm, rank=rank)
-            assert p.pipelined and p.stages == 3 and "pipelined=true" in repr(p), p
-            assert p.warps * p.items_per_warp == p.row_tiles * embed_dim // 32
-            assert p.key_splits * p.items_per_warp == embed_dim // 128
+            p = plan(backward=backward, embed_dim=embed_dim, norm=norm, rank=rank)
+            assert p.fused and p.pipelined == (embed_dim < 1024 or not backward), p
+            assert f"pipelined={str(p.pipelined).lower()}" in repr(p)
+            if not p.pipelined:
+                continue
+            if backward:
+                assert p.warps * p.items_per_warp == p.row_tiles * embed_dim // 32 and p.stages == 3
+                assert p.key_splits * p.items_per_warp == embed_dim // 128
+            else:
+                assert p.warps_per_tile * p.groups_per_warp % (embed_dim // 32) == 0
+                assert 32 * p.warps_per_tile * p.tiles_per_block in (512, 768)
 
     @pytest.mark.parametrize(
         "other",
         [
             {"embed_dim": 640},
-            {"embed_dim": 1024},
             {"num_experts": 2},
             {"rank": 5},
-            {"dtype": torch.float16},
             {"dtype": torch.float32, "out_dtype": torch.bfloat16},
             {"dropout_p": 0.1},
             {"returns_sum": True},
@@ -164,18 +170,27 @@ class TestPipelined:
         ],
         ids=str,
     )
-    def test_what_is_outside(self, other):
-        p = plan(other.get("limits", H200), True, **{n: v for n, v in other.items() if n != "limits"})
+    def test_what_is_outside(self, other, backward):
+        options = {name: value for name, value in other.items() if name != "limits"}
+        p = plan(other.get("limits", H200), backward, **options)
         assert p.fused and not p.pipelined and "pipelined=false" in repr(p), p
 
-    def test_float16_without_a_norm(self):
+    def test_float16(self, backward):
         """Behind a norm the gradient's code times rstd is rounded, which needs bfloat16's range."""
-        assert plan(backward=True, norm=False, dtype=torch.float16).pipelined
+        assert plan(backward=backward, norm=False, dtype=torch.float16).pipelined
+        assert plan(backward=backward, dtype=torch.float16).pipelined == (not backward)
 
-    def test_shared_memory_decides(self):
-        least = plan(backward=True).shared_bytes
-        assert plan(H200 | {"shared_per_block": least}, True).pipelined
-        assert not plan(H200 | {"shared_per_block": least - 1}, True).pipelined
+    def test_shared_memory(self, backward):
+        least = plan(backward=backward).shared_bytes
+        assert plan(H200 | {"shared_per_block": least}, backward).pipelined
+        assert not plan(H200 | {"shared_per_block": least - 1}, backward).pipelined
+
+    def test_a_block_has_a_full_tile_before_there_is_another(self, backward):
+        for embed_dim in (128, 256, 384, 512, 768):
+            p = plan(backward=backward, embed_dim=embed_dim)
+            rows = 16 * (p.row_tiles if backward else p.tiles_per_block * (2 if embed_dim <= 256 else 1))
+            assert plan(backward=backward, embed_dim=embed_dim, tokens=rows).blocks == 1
+            assert plan(backward=backward, embed_dim=embed_dim, tokens=rows + 1).blocks == 2
 
 
 class TestForwardOnly:
@@ -257,9 +272,10 @@ def test_any_shape(shape, types, limits):
             assert 0 < p.shared_bytes <= limits["shared_per_block"] and p.blocks >= 1, p
     if forward.fused:
         teams, warps = forward.tiles_per_block, forward.warps_per_tile
+        assert (forward.blocks - 1) * teams < max(tiles, 1), forward
+    if forward.fused and not forward.pipelined:
         most = {4: 8, 6: 8 if types.get("out_dtype") else 12, 8: 6}[forward.groups_per_warp]
         assert warps * forward.groups_per_warp * 32 >= sizes["embed_dim"] and 1 <= teams * warps <= most, forward
-        assert (forward.blocks - 1) * teams < max(tiles, 1), forward
     if backward.fused:
         items = -(-block_dim // 32) * -(-width // 16)
         assert (backward.blocks - 1) * backward.row_tiles < max(tiles, 1), backward

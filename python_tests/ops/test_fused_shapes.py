@@ -32,8 +32,11 @@ PAIRS = [(low, factors) for low in LOW for factors in (low, torch.float32)]
 H200 = {"capability": 90, "num_sms": 132, "shared_per_block": 232448}
 TOKENS = [19, 1, 197, 16, 400, 0, 17, 15]
 
-# num_experts, embed_dim, rank; 4 blocks of whole groups of 32 columns and at most 16 code columns are the fast paths.
-FAST = [(4, 128, 1), (4, 128, 4), (4, 256, 4), (4, 384, 4), (4, 512, 1), (4, 640, 4), (4, 768, 4), (4, 1536, 4)]
+# num_experts, embed_dim, rank; 4 blocks of whole groups of 32 columns and at most 16 code columns: pipelined where the
+# width is one of those that are compiled, else the fast paths of the kernels for any shape.
+PIPELINED = [128, 256, 384, 512, 768, 1024]
+FAST = [(4, width, rank) for width in PIPELINED for rank in (1, 4)]
+FAST += [(4, 640, 4), (4, 1280, 4), (4, 1536, 4)]
 SHAPES = [
     (1, 128, 1),
     (1, 128, 64),
@@ -51,15 +54,9 @@ SHAPES = [
     (8, 1024, 4),
 ]
 # Enough tokens for blocks that take several tiles at a time, and that go round more than once.
-LARGE = [
-    (4, 96, 4, 40000),
-    (4, 128, 4, 17000),
-    (4, 256, 4, 8500),
-    (8, 256, 8, 8500),
-    (4, 512, 4, 4300),
-    (4, 768, 4, 8500),
-    (4, 1536, 4, 2115),
-]
+LARGE = [(4, 96, 4, 40000), (8, 256, 8, 8500), (4, 640, 4, 8500), (4, 1536, 4, 2115)]
+# The pipelined kernels: three rounds and more, in which each of the three stages is used again.
+LONG = [(128, 40000), (256, 40000), (384, 13000), (512, 20000), (768, 13000), (1024, 8500)]
 
 
 def matrix():
@@ -74,6 +71,9 @@ def matrix():
 def large():
     for index, shape in enumerate(LARGE):
         yield KRON_OPS[2 - index % 2], *shape, PAIRS[2 * index % 4 + 1]
+    for embed_dim, tokens in LONG:
+        yield "layer_norm_alore", 4, embed_dim, 4, tokens, (torch.bfloat16, torch.float32)
+        yield "alore", 4, embed_dim, 4, tokens, (torch.float16, torch.float32)
 
 
 def named(cases, **options):
@@ -102,21 +102,28 @@ def test_against_the_oracle(op, num_experts, embed_dim, rank, tokens, dtypes, de
 
 def test_the_cases_above_take_every_path_of_an_h200():
     """What the kernels are instantiated for, or branch on, by the plans of the cases above."""
-    forward, rounds, backward = set(), set(), set()
+    forward, rounds, backward, pipelined = set(), set(), set(), set()
     for op, num_experts, embed_dim, rank, tokens, dtypes in [*matrix(), *large()]:
         args = make(op, num_experts, embed_dim, rank, 0, dtypes, "cpu")
         tensors = [args["x"].new_empty(1, 1).expand(tokens, embed_dim), *(args[name] for name in NAMES[1:])]
-        options = {"norm": op == "layer_norm_alore", "residual": op != "kron_linear", **H200}
+        norm = op == "layer_norm_alore"
+        options = {"norm": norm, "residual": op != "kron_linear", **H200}
         plan, grads = ops.plan_alore(*tensors, **options), ops.plan_alore(*tensors, backward=True, **options)
         assert plan.fused and grads.fused, (plan, grads)
+        for name, p in (("forward", plan), ("backward", grads)):
+            if p.pipelined:
+                pipelined |= {(name, embed_dim, norm, dtypes[0]), (name, embed_dim, norm, tokens > 132 * 48)}
         fast = plan.even and num_experts == 4 and num_experts * rank <= 16
-        forward.add((plan.groups_per_warp, fast, options["norm"]))
-        rounds.add((fast, 16 * plan.tiles_per_block * plan.blocks < tokens))
+        if not plan.pipelined:
+            forward.add((plan.groups_per_warp, fast, norm))
+            rounds.add((fast, 16 * plan.tiles_per_block * plan.blocks < tokens))
+        if grads.pipelined:
+            continue
         code_tiles = -(-num_experts * rank // 16)
         backward |= {("warps", grads.warps), ("row_tiles", grads.row_tiles), ("items", grads.items_per_warp)}
-        backward |= {("code_tiles", code_tiles), ("norm", options["norm"]), ("splits", min(grads.key_splits, 2))}
+        backward |= {("code_tiles", code_tiles), ("norm", norm), ("splits", min(grads.key_splits, 2))}
         backward |= {("parts", min(grads.parts, 2)), ("stages", grads.stages > 1)}
-        backward |= {("goes round", 16 * grads.row_tiles * grads.blocks < tokens)}
+        backward |= {("goes round", 16 * grads.row_tiles * grads.blocks < tokens), ("fast", fast and norm)}
     assert forward == {(groups, fast, norm) for groups in (4, 6, 8) for fast in (0, 1) for norm in (0, 1)}
     assert rounds == {(fast, again) for fast in (0, 1) for again in (0, 1)}
     assert backward == {
@@ -126,7 +133,13 @@ def test_the_cases_above_take_every_path_of_an_h200():
         *(("code_tiles", n) for n in (1, 2, 4)),
         *(("splits", n) for n in (1, 2)),
         *(("parts", n) for n in (1, 2)),
-        *((what, yes) for what in ("norm", "stages", "goes round") for yes in (False, True)),
+        *((what, yes) for what in ("norm", "stages", "goes round", "fast") for yes in (False, True)),
+    }
+    both = (False, True)
+    assert pipelined == {
+        *(("forward", d, norm, which) for d in PIPELINED for norm in both for which in (*LOW, *both)),
+        *(("backward", d, False, which) for d in PIPELINED[:-1] for which in (*LOW, *both)),
+        *(("backward", d, True, which) for d in PIPELINED[:-1] for which in (torch.bfloat16, *both)),
     }
 
 
@@ -218,7 +231,7 @@ def test_some_gradients(op, names, device):
         assert torch.equal(grad, everything[name]), name
 
 
-@pytest.mark.parametrize("dims", [(4, 96), (4, 256)], ids=lambda dims: f"d{dims[1]}")
+@pytest.mark.parametrize("dims", [(4, 96), (4, 256), (4, 768)], ids=lambda dims: f"d{dims[1]}")
 @pytest.mark.parametrize("op", KRON_OPS)
 def test_layouts(op, dims, device):
     """Factors seen through transposed views, and rows that start off the 16-byte grid of vector loads."""
@@ -253,7 +266,7 @@ class TestStatistics:
 
     @pytest.mark.parametrize("ratios", [*([r] for r in RATIOS), RATIOS], ids=str)
     @pytest.mark.parametrize("dtype", LOW)
-    @pytest.mark.parametrize("embed_dim", [96, 768])
+    @pytest.mark.parametrize("embed_dim", [96, 128, 384, 512, 768])
     def test_mean_beside_the_spread(self, embed_dim, dtype, ratios, device):
         """Ratios of mean to spread, alone and as neighbours in one tile."""
         args = make("layer_norm_alore", 4, embed_dim, 4, 67, (dtype, torch.float32), device)
