@@ -21,8 +21,8 @@ DTYPES = [
     (torch.bfloat16, torch.float32, 1e-1),
     (torch.float16, torch.float16, 5e-2),
 ]
-# num_experts, block width, rank: odd, large and degenerate; then the widths of the pipelined kernels.
-# paths, (8, 16, 4) and (4, 24, 16) of their general one.
+# num_experts, block width, rank: odd, large and degenerate, (8, 16, 4) and (4, 24, 16) of the fused kernels for any
+# shape; then the widths of the pipelined ones.
 FACTORS = [(1, 24, 4), (4, 24, 4), (3, 7, 5), (32, 3, 1), (2, 9, 64), (8, 16, 4), (4, 24, 16)]
 FACTORS += [(4, width, 4) for width in (32, 64, 96, 128, 192, 256)]
 TOKENS = (0, 1, 19, 197)
