@@ -63,7 +63,8 @@ def load_entry(
         base: the plain backbone with its own weights; not changed.
         name: the adapter's name in the pool, for messages.
         adapter: a file of `save_adapter`, an `adapter_state_dict`, or a dict of the same tensors.
-        config: what a dict without metadata was patched with; None infers it from names and shapes.
+        config: what a dict without metadata was patched with; None infers it from names and shapes. Refused where
+            there is metadata, which holds it.
 
     Raises:
         FileNotFoundError, TypeError, ValueError: naming the adapter, what was expected and what came.
@@ -119,7 +120,12 @@ def _read(base: nn.Module, name: str, adapter, config: Config | list[Config] | N
         raise TypeError(f"{caller}: {name!r} must be a path or a dict of tensors, got {type(adapter).__name__}")
     path = f"adapter {name!r}"
     metadata = getattr(adapter, "_metadata", None)
-    if config is None and is_adapter_metadata(metadata):
+    if is_adapter_metadata(metadata):
+        if config is not None:
+            raise ValueError(
+                f"{caller}: {name!r}: the state dict's metadata hold its config, expected none besides; got "
+                f"config={config!r}"
+            )
         return parse_adapter(metadata, adapter, path, caller)
     structure = find_structure(base)
     try:
