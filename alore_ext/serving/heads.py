@@ -18,7 +18,8 @@ class HeadSwitch:
     """Installs an adapter's classifier in a model, in place.
 
     Classifiers of one shape share one module and its memory, so that a captured graph or compiled code of one serves
-    all of them; the base's own module is among those. Another shape brings another module in, made once and kept.
+    all of them; the base's own module is among those. Another shape brings another module in, made once and kept for as
+    long as an adapter has that shape.
     """
 
     def __init__(self, model: nn.Module, base: nn.Module):
@@ -39,6 +40,12 @@ class HeadSwitch:
             if key not in self._modules:
                 self._modules[key] = _linear_like(tensors, self._own[name])
         return is_new
+
+    def keep(self, heads: Iterable[Mapping[str, Mapping[str, Tensor]]]) -> None:
+        """Drop the modules that none of these heads needs, nor the base's own."""
+        used = {(name, _shapes(self._pristine(name))) for name in self._own}
+        used |= {(name, _shapes(tensors)) for head in heads for name, tensors in head.items()}
+        self._modules = {key: module for key, module in self._modules.items() if key in used}
 
     def install(self, head: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Put these values in, and the base's where the head has none. `{}` is the base's own head."""
@@ -68,8 +75,12 @@ class HeadSwitch:
         return {name: (self._modules[name, _shapes(values)], values) for name, values in tensors.items()}
 
     def shapes(self, head: Mapping[str, Mapping[str, Tensor]]) -> tuple:
-        """What tells classifiers apart that need graphs of their own."""
-        return tuple((name, _shapes(head.get(name, self._pristine(name)))) for name in sorted({*self._own, *head}))
+        """What tells classifiers apart that need graphs of their own: the parts that do not run in the base's modules.
+
+        Not what those are: an adapter that brings a new part would change the key of all that were captured before.
+        """
+        shapes = {name: _shapes(tensors) for name, tensors in head.items()}
+        return tuple((name, own) for name, own in sorted(shapes.items()) if own != _shapes(self._pristine(name)))
 
     def _pristine(self, name: str) -> dict[str, Tensor]:
         return dict(self._base.get_submodule(name).named_parameters())

@@ -13,6 +13,7 @@ from alore_ext.patching.grouping import KronMerge, LoraMerge, Merge, run_merges_
 
 from .clones import clone_sharing_tensors, replace_parameter
 from .entry import Entry
+from .graphs import Recorder
 from .heads import HeadSwitch
 
 
@@ -49,6 +50,8 @@ class LiveModel:
         self._prepared: dict[str, _Prepared] = {}
         self._installed: _Prepared | None = None
         self._dirty: frozenset[str] = frozenset()  # weights that may differ from the pristine ones
+        device = next(model.parameters()).device
+        self._recorder = Recorder(device) if device.type == "cuda" else None
 
     @property
     def active(self) -> str | None:
@@ -66,7 +69,10 @@ class LiveModel:
         return [own for own, _ in self.base.get_submodule(module).named_parameters()]
 
     def prepare(self, entry: Entry, copies: dict[str, Tensor]) -> _Prepared:
-        """What `add` takes; `copies` are what `missing_copies` gave. Adapters that were added stay as they are."""
+        """What `add` takes; `copies` are what `missing_copies` gave. Adapters that were added stay as they are.
+
+        May drop graphs, none of which may be running.
+        """
         for name, copy in copies.items():
             self._pristine[name] = copy
             replace_parameter(self.base, name, copy)
@@ -86,7 +92,7 @@ class LiveModel:
         self._prepared[prepared.entry.name] = prepared
 
     def remove(self, name: str) -> None:
-        """Forget an adapter that is not active."""
+        """Forget an adapter that is not active and whose graph is not running."""
         del self._prepared[name]
 
     def activate(self, name: str | None) -> None:
@@ -117,8 +123,10 @@ class LiveModel:
             self._write(target)
             if not target.is_checked:
                 self._check_finite(target)
-            if self._uses_graphs():
-                target.graph = self._captured(target)
+            if self._recorder is not None:
+                # All in one memory: no two run at a time.
+                beside = next((p.graph for p in self._prepared.values() if p.graph is not None), None)
+                target.graph, _ = self._recorder.record(lambda: self._write(target), beside)
         self.heads.switch(target.entry.head)
         self._installed = target
 
@@ -143,16 +151,6 @@ class LiveModel:
                 f"AdapterPool.activate: {target.entry.name!r}: the merged {name} holds NaN or infinity in {dtype}"
             )
         target.is_checked = True
-
-    def _uses_graphs(self) -> bool:
-        return next(iter(self._pristine.values())).is_cuda
-
-    def _captured(self, target: _Prepared) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
-        # thread_local: what other threads do on the device meanwhile is no part of it.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self._write(target)
-        return graph
 
 
 def _from_source(live: Merge, pristine: Merge) -> Merge:

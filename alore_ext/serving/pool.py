@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import threading
 import weakref
@@ -12,18 +11,24 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from alore_ext._example_images import example_images
 from alore_ext.config import Config
 from alore_ext.patching.apply import check_unpatched
-from alore_ext.patching.grouping import KronMerge, run_merges_
 from alore_ext.patching.registry import find_structure
 
+from .arguments import (
+    as_batch_sizes,
+    as_names,
+    check_images,
+    example_for_capture,
+    image_channels,
+    sizes_refused_by_name,
+)
 from .clones import logits_of
 from .entry import Entry, load_entry
 from .graphs import ForwardGraphs
 from .live import LiveModel
 from .mixed import MixedModel
-from .report import MergeReport, check_report, layer_error, logit_errors
+from .report import MergeReport, check_report, layer_errors, logit_errors
 
 # The living pools by their model's id: a pool keeps its model alive, so no other has that id.
 _POOLS: weakref.WeakValueDictionary[int, AdapterPool] = weakref.WeakValueDictionary()
@@ -37,6 +42,11 @@ class AdapterPool:
 
     Adapters may be of ALoRE, MLAE and LoRA, of any number of experts and rank, on any layers, with classifiers of any
     size. Beside the model the pool keeps one copy of the weights that adapters write, and each adapter's tensors.
+
+    On CUDA a layer of a mixed batch takes the fused kernels where the pool is in 16 bits and each adapter of the batch
+    has at most 64 rank rows there (`num_experts * rank`; MLAE: `num_experts * expert_rank`). In float32, and with
+    larger ranks, it is composed of several products, which is slower: one such adapter makes that layer composed for
+    the whole batch. `alore_ext.ops.plan_alore` and `plan_lora_grouped` say which shapes are fused.
 
     All methods may be called from several threads; one runs at a time. On CUDA each also waits for what the call
     before it left on the device, whatever streams the callers are on.
@@ -87,6 +97,7 @@ class AdapterPool:
         like = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
         self.device: torch.device = like.device
         self.dtype: torch.dtype = like.dtype
+        self._channels = image_channels(model)
         self._live = LiveModel(model)
         self._mixed = MixedModel(self._live.base)
         self._entries: dict[str, Entry] = {}
@@ -124,14 +135,17 @@ class AdapterPool:
         Args:
             name: what requests call it.
             adapter: a file of `save_adapter`, or what `adapter_state_dict` gives. A plain dict of the same tensors will
-                do where names and shapes say all: ALoRE and MLAE. The classifier may be missing; the base's is used.
+                do where names and shapes say all: ALoRE and MLAE. It has no fingerprint of its base: that it was
+                trained on another one is noticed only where shapes differ. The classifier may be missing; the base's is
+                used.
             config: for a plain dict: what the model was patched with. LoRA's scaling is in nothing else.
             replace: take the place of an adapter of this name, in one step. Not while it is active.
 
         Raises:
             FileNotFoundError: no such file.
             TypeError, ValueError: a name that is taken; a damaged file; an adapter of another base, family or method;
-                NaN or infinity; a classifier that no linear or layer norm is. The pool is left as it was.
+                NaN or infinity; a classifier that no linear or layer norm is; a config besides the one that `adapter`
+                holds. The pool is left as it was.
         """
         if not isinstance(name, str) or not name:
             raise TypeError(f"AdapterPool.add: name must be a non-empty string, got {name!r}")
@@ -142,16 +156,20 @@ class AdapterPool:
                 raise ValueError(f"AdapterPool.add: {name!r} is active and cannot be replaced; deactivate it first")
             entry = load_entry(self._live.base, name, adapter, config)
             self._mixed.check(entry)
-            copies = self._live.missing_copies(entry)
-            for weight, copy in copies.items():
-                self._mixed.replace_parameter(weight, copy)
-            prepared, served = self._live.prepare(entry, copies), self._mixed.prepare(entry)
-            if self._graphs is not None:
-                self._capture_for(entry, self._graphs)
-            # Whatever can fail is behind us.
-            self._live.add(prepared)
-            self._mixed.add(name, served)
-            self._entries[name] = entry
+            self._settle()
+            try:
+                copies = self._live.missing_copies(entry)
+                for weight, copy in copies.items():
+                    self._mixed.replace_parameter(weight, copy)
+                prepared, served = self._live.prepare(entry, copies), self._mixed.prepare(entry)
+                if self._graphs is not None:
+                    self._capture_for(entry.head, self._graphs)
+                # Whatever can fail is behind us.
+                self._live.add(prepared)
+                self._mixed.add(name, served)
+                self._entries[name] = entry
+            finally:
+                self._drop_unused_heads()
 
     def remove(self, name: str) -> None:
         """Forget an adapter and free its tensors. Raises ValueError for an unknown name and for the active one."""
@@ -159,9 +177,11 @@ class AdapterPool:
             self._require(name, "remove")
             if name == self.active:
                 raise ValueError(f"AdapterPool.remove: {name!r} is active; deactivate it first")
+            self._settle()
             self._live.remove(name)
             self._mixed.remove(name)
             del self._entries[name]
+            self._drop_unused_heads()
 
     def num_classes(self, name: str) -> int:
         """How many logits this adapter gives; raises ValueError where neither it nor the base has a classifier."""
@@ -179,9 +199,12 @@ class AdapterPool:
     def activate(self, name: str) -> None:
         """Merge an adapter into the model, in place of the one that was.
 
-        Merged from the pristine weights and written where the weights are: nothing is reallocated, nothing adds up over
-        many swaps, and captured graphs and compiled code stay valid. The same adapter gives the same bits each time.
-        A classifier of another size than the last brings its own module in.
+        Merged from the pristine weights and written where the weights are: nothing is reallocated and nothing adds up
+        over many swaps. The same adapter gives the same bits each time.
+
+        A classifier of another shape than the last brings its own module in. `capture` and `model.compile()` see to
+        that. A graph of your own is valid only while the active classifier has the shape that it was recorded with, and
+        no longer than the pool has an adapter of that shape; the base's shape is always there.
 
         Raises:
             ValueError: an unknown name; a merged weight that the dtype cannot hold. The former adapter stays active.
@@ -201,28 +224,26 @@ class AdapterPool:
         """Logits of a batch.
 
         Args:
-            images: floating point [batch, 3, height, width], preprocessed; moved to the pool's device and dtype.
+            images: floating point [batch, 3, height, width] (or as many channels as the model takes), preprocessed;
+                moved to the pool's device and dtype.
             adapter: one adapter for all images. The active one, or None for whatever the model now is, takes the merged
                 path; any other is run beside the base weights, and what is active stays so.
             adapters: one name an image instead, None being the base with its own classifier.
 
         Returns:
-            [batch, classes], or with `adapters` a list of [classes], one an image, in the pool's dtype and device.
+            [batch, classes], or with `adapters` a list of [classes], one an image, in the pool's dtype and device,
+            under `torch.autocast` too.
 
         Raises:
             TypeError: images that are no floating tensor.
             ValueError: images of another shape; an unknown name; as many names as there are images were expected; both
                 adapter and adapters; a base without classifier; a merged model that was put in training mode.
         """
-        if not isinstance(images, Tensor) or not images.is_floating_point():
-            got = images.dtype if isinstance(images, Tensor) else type(images).__name__
-            raise TypeError(f"AdapterPool.predict: images must be a floating-point tensor, got {got}")
-        if images.dim() != 4:
-            raise ValueError(f"AdapterPool.predict: images must be [batch, 3, height, width], got {list(images.shape)}")
+        check_images(images, self._channels, "AdapterPool.predict")
         if adapter is not None and adapters is not None:
             raise ValueError("AdapterPool.predict: give adapter for all images or adapters, one an image; got both")
-        names = None if adapters is None else _as_names(adapters, len(images))
-        with self._exclusive():
+        names = None if adapters is None else as_names(adapters, len(images))
+        with self._exclusive(), sizes_refused_by_name(images, "AdapterPool.predict"):
             for name in names or [adapter]:
                 if name is not None:
                     self._require(name, "predict")
@@ -245,23 +266,24 @@ class AdapterPool:
 
         Args:
             batch_sizes: how many images at a time.
-            example_image: [batch, 3, height, width] of the size to capture; by default the model's own.
+            example_image: as `predict`'s images, of the size to capture; by default the model's own.
 
         Raises:
-            ValueError: not on CUDA; a batch size below 1; a size that cannot be found out.
+            TypeError: an example that is no floating tensor.
+            ValueError: not on CUDA; a batch size below 1; a size that the model does not take, or that cannot be found
+                out.
         """
-        sizes = tuple(dict.fromkeys(batch_sizes))
-        if not sizes or any(isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in sizes):
-            raise ValueError(f"AdapterPool.capture: batch_sizes must be integers of at least 1, got {sizes}")
+        sizes = as_batch_sizes(batch_sizes)
+        example = example_for_capture(self.model, example_image, self._channels)
         if self.device.type != "cuda":
             raise ValueError(f"AdapterPool.capture: CUDA graphs need a CUDA device, the pool is on {self.device}")
         with self._exclusive():
             self._check_eval("capture")
-            example = example_images(self.model, example_image, "AdapterPool.capture")
-            graphs = ForwardGraphs(self.model, sizes, example.to(self.device, self.dtype))
-            graphs.capture(self._head_shapes(self.active))
-            for entry in self._entries.values():
-                self._capture_for(entry, graphs)
+            graphs = ForwardGraphs(self.model, sizes, example)
+            self._settle()
+            with sizes_refused_by_name(example, "AdapterPool.capture"):
+                for head in self._heads():
+                    self._capture_for(head, graphs)
             self._graphs = graphs
 
     def merge_report(
@@ -290,12 +312,16 @@ class AdapterPool:
         """
         with self._exclusive():
             entry = self._require(name, "merge_report")
-            unmerged = self._mixed_logits(images, name)
+            check_images(images, self._channels, "AdapterPool.merge_report")
+            if len(images) == 0:
+                raise ValueError("AdapterPool.merge_report: images must be a tensor of at least one image")
+            with sizes_refused_by_name(images, "AdapterPool.merge_report"):
+                unmerged = self._mixed.run(images.to(device=self.device, dtype=self.dtype), [name])
             former = self.active
             self._live.activate(name)
             try:
                 merged = self.predict(images)
-                layers = tuple(self._layer_errors(entry))
+                layers = tuple(layer_errors(self.model, self._live.base, entry))
             finally:
                 self._live.activate(former)
             difference, agreement = logit_errors(merged, unmerged)
@@ -303,28 +329,10 @@ class AdapterPool:
         check_report(report, max_lost, max_logit_difference)
         return report
 
-    def _mixed_logits(self, images: Tensor, name: str) -> Tensor:
-        if not isinstance(images, Tensor) or len(images) == 0:
-            raise ValueError("AdapterPool.merge_report: images must be a tensor of at least one image")
-        return self._mixed.run(images.to(device=self.device, dtype=self.dtype), [name])
-
-    @torch.no_grad()
-    def _layer_errors(self, entry: Entry):
-        for record in entry.records:
-            own = {key: value.double() for key, value in entry.own_parameters(record).items()}
-            names = [name for name in record.merged_tensors(self.model) if self.model.get_parameter(name).dim() > 1]
-            for name, merge in zip(names, record.merges(self._live.base, own), strict=True):
-                pristine = merge.weight
-                exact = pristine.double()
-                # A bias is merged by the same kernel and is no part of the figures.
-                changes = {"weight": exact, "bias": None} if isinstance(merge, KronMerge) else {"weight": exact}
-                run_merges_([dataclasses.replace(merge, **changes)])
-                yield layer_error(name, self.model.get_parameter(name).view_as(exact), exact, pristine)
-
     def _merged(self, images: Tensor) -> Tensor:
         self._check_eval("predict")
         if self._graphs is not None:
-            logits = self._graphs.run(images, self._head_shapes(self.active))
+            logits = self._graphs.run(images, self._live.heads.shapes(self._head(self.active)))
             if logits is not None:
                 return logits
         return logits_of(self.model(images))
@@ -333,16 +341,27 @@ class AdapterPool:
         if self.model.training:
             raise ValueError(f"AdapterPool.{caller}: the model was put in training mode; call its eval() first")
 
-    def _head_shapes(self, name: str | None) -> tuple:
-        return self._live.heads.shapes({} if name is None else self._entries[name].head)
+    def _head(self, name: str | None) -> dict[str, dict[str, Tensor]]:
+        return {} if name is None else self._entries[name].head
 
-    def _capture_for(self, entry: Entry, graphs: ForwardGraphs) -> None:
-        """Capture for an adapter's classifier; the graphs read the weights only when they are replayed."""
-        self._live.heads.install(entry.head)
+    def _heads(self) -> list[dict[str, dict[str, Tensor]]]:
+        """The base's classifier and every adapter's."""
+        return [self._head(name) for name in (None, *self._entries)]
+
+    def _drop_unused_heads(self) -> None:
+        """Free the modules and graphs of classifiers whose shape no adapter has any more."""
+        heads = self._heads()
+        self._live.heads.keep(heads)
+        if self._graphs is not None:
+            self._graphs.keep({self._live.heads.shapes(head) for head in heads})
+
+    def _capture_for(self, head: dict[str, dict[str, Tensor]], graphs: ForwardGraphs) -> None:
+        """Capture for a classifier; the graphs read the weights only when they are replayed."""
+        self._live.heads.install(head)
         try:
-            graphs.capture(self._live.heads.shapes(entry.head))
+            graphs.capture(self._live.heads.shapes(head))
         finally:
-            self._live.heads.install({} if self.active is None else self._entries[self.active].head)
+            self._live.heads.install(self._head(self.active))
 
     def _require(self, name: str, caller: str) -> Entry:
         if not isinstance(name, str) or name not in self._entries:
@@ -350,11 +369,21 @@ class AdapterPool:
             raise ValueError(f"AdapterPool.{caller}: unknown adapter {name!r}; the pool has {known}")
         return self._entries[name]
 
+    def _settle(self) -> None:
+        """Wait for the device before tensors or graphs are dropped.
+
+        Another caller's stream may still read them, and the allocator knows only of the stream that they were made on.
+        """
+        if self._done is not None:
+            self._done.synchronize()
+
     @contextlib.contextmanager
     def _exclusive(self) -> Iterator[None]:
         """One call at a time, on the device too: callers may be on streams of their own."""
-        # Tensors made under inference mode could not be written outside of it, and no call may build a graph.
-        with self._lock, torch.inference_mode(False), torch.no_grad():
+        # Tensors made under inference mode could not be written outside of it, and no call may build a graph. Autocast
+        # would answer in its own dtype, and be recorded by whatever captures under it.
+        plain = torch.autocast(self.device.type, enabled=False)
+        with self._lock, torch.inference_mode(False), torch.no_grad(), plain:
             if self.device.type != "cuda":
                 yield
                 return
@@ -366,12 +395,3 @@ class AdapterPool:
                 finally:
                     self._done = torch.cuda.Event()
                     self._done.record()
-
-
-def _as_names(adapters: Sequence[str | None], batch: int) -> list[str | None]:
-    if isinstance(adapters, (str, bytes)) or not isinstance(adapters, Iterable):
-        raise ValueError(f"AdapterPool.predict: adapters must name one adapter an image, got {adapters!r}")
-    names = list(adapters)
-    if len(names) != batch:
-        raise ValueError(f"AdapterPool.predict: adapters must have a name for each of {batch} images, got {len(names)}")
-    return names

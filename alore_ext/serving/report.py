@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from alore_ext.patching.grouping import KronMerge, run_merges_
+
+from .entry import Entry
 
 
 class MergeError(ValueError):
@@ -67,6 +73,21 @@ class MergeReport:
             f"same class for {self.agreement:.1%} of {self.num_images} images"
         )
         return "\n".join(lines)
+
+
+@torch.no_grad()
+def layer_errors(merged: nn.Module, base: nn.Module, entry: Entry) -> Iterator[LayerError]:
+    """Of each weight that an adapter writes: in a model with the adapter merged, against `base`'s merged in float64."""
+    for record in entry.records:
+        own = {key: value.double() for key, value in entry.own_parameters(record).items()}
+        names = [name for name in record.merged_tensors(merged) if merged.get_parameter(name).dim() > 1]
+        for name, merge in zip(names, record.merges(base, own), strict=True):
+            pristine = merge.weight
+            exact = pristine.double()
+            # A bias is merged by the same kernel and is no part of the figures.
+            changes = {"weight": exact, "bias": None} if isinstance(merge, KronMerge) else {"weight": exact}
+            run_merges_([dataclasses.replace(merge, **changes)])
+            yield layer_error(name, merged.get_parameter(name).view_as(exact), exact, pristine)
 
 
 def layer_error(name: str, merged: Tensor, exact: Tensor, pristine: Tensor) -> LayerError:

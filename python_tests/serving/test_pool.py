@@ -5,7 +5,6 @@ import threading
 
 import pytest
 import torch
-import torch._dynamo.testing
 from backbones import assert_unchanged, relative_error, snapshot
 from pools import CONFIGS, adapter_file, own_model, resized_head
 from torch import nn
@@ -257,24 +256,6 @@ def test_no_drift_over_many_swaps(pool, device):
     assert_unchanged(pool.model, first)
 
 
-def test_compiled_code_survives_swaps(base, files, device):
-    """One compilation for all adapters whose classifiers have one shape."""
-    counter = torch._dynamo.testing.CompileCounter()
-    model = copy.deepcopy(base)
-    pool = AdapterPool(model)
-    for name, path in files.items():
-        pool.add(name, path)
-    model.compile(backend=counter)
-    x = ROW.images(device)
-    with torch.no_grad():
-        for name in ("alore", "mlae", "lora", "both"):
-            pool.activate(name)
-            assert relative_error(pool.predict(x), own_model(base, files[name])(x)) < 1e-5
-        pool.deactivate()
-        assert relative_error(pool.predict(x), base(x)) < 1e-5
-    assert counter.frame_count == 1
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sixteen_bits(base, files, dtype, device):
     """No further from the exact answer than twice what the adapter's own model in that dtype is."""
@@ -403,78 +384,3 @@ def test_resized_head_keeps_the_adapter(base):
     resized = resized_head(tensors, 7)
     assert resized["head.weight"].shape[0] == resized["head.bias"].shape[0] == 7
     assert all(torch.equal(resized[name], tensors[name]) for name in tensors if not name.startswith("head."))
-
-
-cuda_only = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
-
-@pytest.mark.cuda
-@cuda_only
-def test_captured_graphs_follow_swaps(base, files, tmp_path, device):
-    """Graphs recorded once run whatever adapter is in the weights, padded batches and other classifiers too."""
-    pool = AdapterPool(copy.deepcopy(base))
-    pool.add("alore", files["alore"])
-    pool.add("mlae", files["mlae"])
-    pool.capture([1, 4])
-    wide = adapter_file(base, ae.AloreConfig(), tmp_path / "wide.safetensors", classes=31)
-    pool.add("wide", wide)
-    paths = {"alore": files["alore"], "mlae": files["mlae"], "wide": wide}
-    for name in ("alore", "mlae", "wide", "alore", "wide", "mlae"):
-        pool.activate(name)
-        own = own_model(base, paths[name])
-        for batch in (1, 3, 4, 6):
-            x = ROW.images(device, batch=batch)
-            with torch.no_grad():
-                assert relative_error(pool.predict(x), own(x)) < 1e-5, (name, batch)
-    pool.deactivate()
-    x = ROW.images(device, batch=2)
-    with torch.no_grad():
-        assert relative_error(pool.predict(x), base(x)) < 1e-5
-    pool.activate("alore")
-    first = snapshot(pool.model)
-    for _ in range(5):  # by the graph of the swap
-        pool.activate("mlae")
-        pool.activate("alore")
-    assert_unchanged(pool.model, first)
-
-
-@pytest.mark.cuda
-@cuda_only
-def test_a_merged_forward_launches_what_the_plain_one_does(base, files, device):
-    pool = AdapterPool(copy.deepcopy(base), dtype=torch.bfloat16)
-    pool.add("alore", files["alore"])
-    pool.add("lora", files["lora"])
-    x = ROW.images(device, torch.bfloat16)
-
-    def kernels():
-        for _ in range(2):
-            with torch.no_grad(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-                pool.model(x)
-                torch.cuda.synchronize()
-        return sorted(e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA)
-
-    plain = kernels()
-    assert plain
-    for name in ("alore", "lora"):
-        pool.activate(name)
-        assert kernels() == plain
-
-
-@pytest.mark.cuda
-@cuda_only
-def test_callers_on_streams_of_their_own(pool, base, files, device):
-    x = ROW.images(device, batch=4)
-    names = list(files)
-    with torch.no_grad():
-        expected = {name: own_model(base, path)(x) for name, path in files.items()}
-    streams = [torch.cuda.Stream() for _ in range(3)]
-    torch.cuda.synchronize()
-    answers = []
-    for turn in range(12):
-        with torch.cuda.stream(streams[turn % 3]):
-            name = names[turn % len(names)]
-            pool.activate(name)
-            answers.append((name, pool.predict(x)))
-    torch.cuda.synchronize()
-    for name, y in answers:
-        assert relative_error(y, expected[name]) < 1e-4

@@ -6,6 +6,7 @@ import shutil
 import threading
 
 import pytest
+import timm
 import torch
 from backbones import relative_error
 from pools import CONFIGS, adapter_file, own_model
@@ -47,6 +48,9 @@ class _Full:
 
     def capture(self, head):
         raise RuntimeError("out of memory")
+
+    def keep(self, heads):
+        pass
 
     def run(self, images, head):
         return None
@@ -190,3 +194,78 @@ def test_a_new_file_of_the_active_adapter_that_cannot_be_merged(base, files, tmp
     assert pool.names == ["a"] and pool.active == "a" and pool.num_classes("a") == 7
     after = pool.predict(x), pool.predict(x, adapters=["a", None])[0]
     assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
+
+
+def test_a_config_beside_the_metadatas_is_refused(base, device):
+    """It would take the place of the fingerprint too, and let an adapter of another base in."""
+    torch.manual_seed(77)
+    other = ae.adapter_state_dict(ae.patch(ROW.build(device), ae.AloreConfig()))
+    own = ae.adapter_state_dict(ae.patch(copy.deepcopy(base), ae.AloreConfig()))
+    pool = AdapterPool(base)
+    for tensors in (other, own):
+        with pytest.raises(ValueError, match="AdapterPool.add: 'a': the state dict's metadata hold its config, .* got"):
+            pool.add("a", tensors, config=ae.AloreConfig())
+    with pytest.raises(ValueError, match="was trained on another base"):
+        pool.add("a", other)
+    assert len(pool) == 0
+    pool.add("a", dict(other), config=ae.AloreConfig())  # it says nothing of its base
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((2, 1, 32, 32), r"images must be \[batch, 3, height, width\], got \[2, 1, 32, 32\]"),
+        ((3, 32, 32), r"images must be \[batch, 3, height, width\], got \[3, 32, 32\]"),
+        ((2, 3, 0, 32), r"images must be \[batch, 3, height, width\], got \[2, 3, 0, 32\]"),
+        ((2, 3, 64, 64), r"the model does not take images of 64x64: Input height \(64\) doesn't match model"),
+    ],
+)
+def test_images_of_another_shape(base, files, shape, message, device):
+    pool, x = AdapterPool(copy.deepcopy(base)), torch.randn(*shape, device=device)
+    pool.add("a", files["alore"])
+    for call in (
+        lambda: pool.predict(x),
+        lambda: pool.predict(x, adapter="a"),
+        lambda: pool.predict(x, adapters=["a", None][: len(x)] + [None] * (len(x) - 2)),
+    ):
+        with pytest.raises(ValueError, match=f"AdapterPool.predict: {message}"):
+            call()
+    with pytest.raises(ValueError, match=f"AdapterPool.merge_report: {message}"):
+        pool.merge_report("a", x)
+    with pytest.raises(TypeError, match="AdapterPool.merge_report: images must be a floating-point tensor, got list"):
+        pool.merge_report("a", [x])
+    assert_serves(pool, base, files["alore"], "a", ROW.images(device))
+
+
+def test_arguments_of_capture_are_named(base, device):
+    pool = AdapterPool(base)
+    for sizes in (5, "12", [1.0], []):
+        with pytest.raises(ValueError, match="batch_sizes must be integers of at least 1, got"):
+            pool.capture(sizes)
+    with pytest.raises(TypeError, match="AdapterPool.capture: example_image must be a floating-point tensor, got int"):
+        pool.capture([1], 5)
+    with pytest.raises(ValueError, match=r"AdapterPool.capture: example_image must be \[batch, 3, height, width\]"):
+        pool.capture([1], ROW.images(device)[:, :1])
+    nameless = ZOO["convnext"].build(device)
+    with pytest.raises(ValueError, match="AdapterPool.capture: ConvNeXt does not say .*; give example_image="):
+        AdapterPool(nameless).capture([1])
+
+
+def test_images_of_as_many_channels_as_the_model_takes(device):
+    base = timm.create_model("test_vit", img_size=32, in_chans=1, num_classes=3).to(device).eval()
+    pool = AdapterPool(base)
+    assert pool.predict(torch.randn(2, 1, 32, 32, device=device)).shape == (2, 3)
+    with pytest.raises(ValueError, match=r"must be \[batch, 1, height, width\], got \[2, 3, 32, 32\]"):
+        pool.predict(ROW.images(device))
+
+
+def test_answers_under_autocast_are_the_pools(base, files, device):
+    pool, x = AdapterPool(copy.deepcopy(base)), ROW.images(device)
+    pool.add("a", files["alore"])
+    expected = pool.predict(x, adapter="a")
+    with torch.autocast(device.type, torch.bfloat16):
+        assert torch.equal(pool.predict(x, adapter="a"), expected)
+        assert pool.predict(x, adapters=["a", None])[1].dtype == torch.float32
+        pool.activate("a")
+        assert relative_error(pool.predict(x), expected) < 1e-5
+        assert pool.merge_report("a", x).logit_difference < 1e-5
