@@ -37,6 +37,9 @@ _ONNXRUNTIME_DTYPES = (torch.float32, torch.float16)
 # A protocol buffer ends at 2 GiB. Beyond this, where torch draws its line too, the weights get a file of their own.
 ONNX_ONE_FILE = 3 * 2**29
 
+# What the file's metadata says of itself; "format" is safetensors' own.
+_RESERVED = ("format", "alore_ext", "torch", "class")
+
 _PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 # A backbone's own operators of this package, and what they are in plain PyTorch.
@@ -85,8 +88,9 @@ def export(
             with `dynamic_batch` also on one image and on one image more; of a state dict every bit is compared.
         tolerance: the check's bound on max |difference| / max |logits|; None for `TOLERANCES` of the model's dtype:
             1e-4 in float32, 2e-2 in float16, 1e-1 in bfloat16.
-        metadata: more entries for the file's metadata, beside the versions and the model's class. They are safetensors
-            metadata, ONNX metadata_props, or extra_files of `torch.export.load`.
+        metadata: more entries for the file's metadata, beside the versions and the model's class, whose keys
+            ("format", "alore_ext", "torch", "class") are reserved. They are safetensors metadata, ONNX metadata_props,
+            or extra_files of `torch.export.load`.
 
     Returns:
         The path.
@@ -94,8 +98,8 @@ def export(
     Raises:
         ValueError: patched and not merged; an unknown format, another suffix; no example_input where the model names
             no size, or one that the model does not take; a model that torch cannot trace, or whose batch it fixes;
-            an alore_ext operator in the graph; an opset that the graph cannot be converted to; a check of ONNX in
-            bfloat16 or float64, for which onnxruntime has no CPU kernels.
+            an alore_ext operator in the graph; an opset that the graph cannot be converted to; a reserved key of
+            metadata; a check of ONNX in bfloat16 or float64, for which onnxruntime has no CPU kernels.
         TypeError: an argument of another kind.
         ImportError: a package that the format or its check needs is missing; names it.
         OSError: the file cannot be written.
@@ -155,6 +159,8 @@ def _check_options(format: str, opset: int | None, tolerance: float | None, meta
     for key, value in (metadata or {}).items():
         if not isinstance(key, str) or not isinstance(value, str):
             raise TypeError(f"export: metadata must be strings by strings, got {key!r}: {value!r}")
+        if key in _RESERVED:
+            raise ValueError(f"export: metadata: the key {key!r} is reserved, as are {', '.join(map(repr, _RESERVED))}")
 
 
 def _check_model(model: nn.Module) -> None:
@@ -264,11 +270,11 @@ def _comparison(
                 raise VerificationError(
                     f"export: {path}: the file returns {list(got.shape)}, the model {list(expected.shape)}"
                 )
-            error = ((got - expected).abs().max() / expected.abs().max()).item()
-            if not error <= bound:  # NaN is no match either
+            error, largest = (got - expected).abs().max(), expected.abs().max()  # which may be 0
+            if not error <= bound * largest:  # NaN is no match either
                 raise VerificationError(
-                    f"export: {path}: the file's logits of {list(batch.shape)} differ from the model's by {error:.1e} "
-                    f"of the largest, more than the tolerance of {bound:.1e}"
+                    f"export: {path}: the file's logits of {list(batch.shape)} differ from the model's by "
+                    f"{(error / largest).item():.1e} of the largest, more than the tolerance of {bound:.1e}"
                 )
 
     return compare

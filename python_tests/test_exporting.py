@@ -303,6 +303,8 @@ IMAGES = torch.ones(2, 3, 8, 8)
         (lambda x, w: x @ w, {"tolerance": -1.0}, ValueError, "tolerance must be None or at least 0, got -1.0"),
         (lambda x, w: x @ w, {"opset": 18}, ValueError, "opset is for format 'onnx', got 18 with 'torch-export'"),
         (lambda x, w: x @ w, {"metadata": {"epoch": 3}}, TypeError, "metadata must be strings by strings, got 'epoch'"),
+        (lambda x, w: x @ w, {"metadata": {"format": "np"}}, ValueError, "metadata: the key 'format' is reserved, as"),
+        (lambda x, w: x @ w, {"metadata": {"class": "x"}}, ValueError, "metadata: the key 'class' is reserved, as"),
         (lambda x, w: x @ w, {"example_input": [1, 2]}, TypeError, "example_input must be a tensor of images, got lis"),
         (lambda x, w: x @ w, {"example_input": IMAGES[0]}, ValueError, r"\[batch, channels, height, width\], got \[3,"),
         (lambda x, w: x @ w, {"example_input": IMAGES[:0]}, ValueError, r"width\], got \[0, 3, 8, 8\]"),
@@ -317,6 +319,17 @@ def test_what_is_refused(function, options, error, text, tmp_path):
         ae.export(model, tmp_path / "m.pt2", **{"example_input": IMAGES, **options})
     assert_unchanged(model, before)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_logits_that_are_all_zero(tmp_path, monkeypatch):
+    """As those of timm's models before their classifiers are trained."""
+    model = Returns(lambda x, weight: x @ weight).eval()
+    nn.init.zeros_(model.weight)
+    path = ae.export(model, tmp_path / "m.pt2", example_input=IMAGES)
+    assert not torch.export.load(path).module()(IMAGES).any()
+    monkeypatch.setattr(torch.export, "load", lambda path: SimpleNamespace(module=lambda: lambda x: x.new_ones(2, 5)))
+    with pytest.raises(ae.VerificationError, match="differ from the model's by inf of the largest"):
+        ae.export(model, path, example_input=IMAGES, dynamic_batch=False)
 
 
 @pytest.mark.parametrize(
