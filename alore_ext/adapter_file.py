@@ -68,6 +68,10 @@ def adapter_metadata(model: nn.Module, state: PatchState, labels: Sequence[str] 
     if not on_meta and (state.merged is None or state.merged.weights is not None):
         metadata["base"] = json.dumps(fingerprint(model, state))
     if labels is not None:
+        try:
+            _check_text(labels, "labels")
+        except ValueError as error:
+            raise ValueError(f"save_adapter: {error}") from None
         metadata["labels"] = json.dumps(list(labels))
     return metadata
 
@@ -126,4 +130,14 @@ def _strings(text: str, what: str) -> tuple[str, ...]:
     values = json.loads(text)
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
         raise ValueError(f"expected {what}, got {values}")
+    _check_text(values, what)
     return tuple(values)
+
+
+def _check_text(values: Sequence[str], what: str) -> None:
+    """Raises for strings that no file or answer can hold: with halves of surrogate pairs, which JSON lets through."""
+    for value in values:
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{what} must be text that UTF-8 can hold, got {value!r}") from None
