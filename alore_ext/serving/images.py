@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -12,10 +13,23 @@ from alore_ext.training.pictures import as_rgb, to_square
 
 from .errors import ImageTooLarge, NotAnImage
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 __all__ = ["FORMATS", "Decoder"]
 
-# Those that `alore-ext finetune` reads. Pillow knows many more, some of which start other programs (EPS).
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+# Those whose decoding takes time by their bytes and pixels alone: of 10 MB and 50 megapixels some 4 s at the most. Not
+# read, though `alore-ext finetune` reads them: PPM, whose text form a Python loop decodes, and TIFF, which holds JPEGs
+# and strips without bound. Pillow knows many more, some of which start other programs (EPS).
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")
+
+# Of a progressive JPEG: each passes over all pixels, whatever it adds. Encoders write about ten.
+MAX_JPEG_SCANS = 100
+# Resizing makes an image of the model's width and this height: of 50 megapixels in one column that takes gigabytes.
+MAX_SIDE = 32_768
+
+_KNOWN = f"known: {', '.join(FORMATS)}"
+_BMP_UNCOMPRESSED = (0, 3)  # BI_RGB, BI_BITFIELDS; run lengths are decoded by a Python loop
 
 
 @dataclass(frozen=True)
@@ -29,29 +43,44 @@ class Decoder:
     def __call__(self, data: bytes) -> Tensor:
         """
         Raises:
-            NotAnImage: no image of `FORMATS`, or a damaged one.
-            ImageTooLarge: more than `max_pixels`; found out from its header, before any pixel is decoded.
+            NotAnImage: no image of `FORMATS`, a damaged one, or one whose decoding takes time without bound.
+            ImageTooLarge: more than `max_pixels`, or a side of more than `MAX_SIDE`; found out from its header, before
+                any pixel is decoded. Or no memory for it.
         """
         pillow = require("PIL.Image")
         if not data:
             raise NotAnImage("the image is empty")
         try:
             image = pillow.open(io.BytesIO(data), formats=FORMATS)
-        except pillow.DecompressionBombError:
+        except (pillow.DecompressionBombError, pillow.DecompressionBombWarning):  # the latter under python -W error
             raise ImageTooLarge(f"the image has more than {self.max_pixels:,} pixels") from None
         except pillow.UnidentifiedImageError:
-            raise NotAnImage(f"these {len(data):,} bytes are no image; known: {', '.join(FORMATS)}") from None
+            raise NotAnImage(f"these {len(data):,} bytes are no image that is read here; {_KNOWN}") from None
         except Exception as error:  # a header that only begins like an image's
             raise NotAnImage(f"cannot read the image: {_reason(error)}") from None
         with image:
             width, height = image.size
             if width * height > self.max_pixels:
                 raise ImageTooLarge(f"the image has {width} x {height} pixels, at most {self.max_pixels:,} are taken")
+            if max(width, height) > MAX_SIDE:
+                raise ImageTooLarge(f"the image has {width} x {height} pixels, a side at most {MAX_SIDE:,}")
+            _check_bounded(image, data)
             try:
-                rgb = as_rgb(image)
+                return to_square(as_rgb(image), self.size, "crop" if self.centre_crop else "none", None)
+            except MemoryError:
+                raise ImageTooLarge(f"there is no memory to decode {width} x {height} pixels") from None
             except Exception as error:  # each decoder has its own: OSError, SyntaxError, struct.error, EOFError, ...
                 raise NotAnImage(f"cannot decode the {image.format} image: {_reason(error)}") from None
-        return to_square(rgb, self.size, "crop" if self.centre_crop else "none", None)
+
+
+def _check_bounded(image: Image, data: bytes) -> None:
+    """Refuse what its format lets take time without bound. No pixel has been decoded yet."""
+    if image.format == "BMP" and image.info.get("compression") not in _BMP_UNCOMPRESSED:
+        raise NotAnImage("a BMP image must be uncompressed; this one is run-length encoded")
+    # Every scan begins with these two bytes, which coded pixels cannot hold. What a phone appends to its photos can, by
+    # chance one in 65,536: a film of 6.5 MB before it counts.
+    if data.startswith(b"\xff\xd8") and (scans := data.count(b"\xff\xda")) > MAX_JPEG_SCANS:
+        raise NotAnImage(f"a JPEG image must have at most {MAX_JPEG_SCANS} scans; this one has {scans:,}")
 
 
 def _reason(error: Exception) -> str:
