@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import stat
 import tempfile
 import threading
 from collections.abc import Callable
@@ -44,8 +45,9 @@ class ReloadReport:
 class AdapterDirectory:
     """Loads, replaces and removes a pool's adapters as their files come, change and go.
 
-    Adapters that were put in the pool by other means are left alone. Files whose names begin with a dot are not
-    looked at: `save_adapter` and others write under such a name and rename.
+    An active adapter whose file goes is deactivated, and activated again when a file of its name comes, unless another
+    is active by then. Adapters that were put in the pool by other means are left alone. Files whose names begin with a
+    dot are not looked at: `save_adapter` and others write under such a name and rename.
 
     Args:
         check: raises for a file that shall not be loaded, before the pool sees it.
@@ -61,7 +63,8 @@ class AdapterDirectory:
         if not self.folder.is_dir():
             raise InputError(f"--adapters: there is no folder {self.folder}")
         self._loaded: dict[str, Signature] = {}
-        self._failed: dict[str, tuple[Signature, str]] = {}
+        self._failed: dict[str, tuple[Signature | None, str]] = {}
+        self._wanted: str | None = None  # was active when its file went
         self._last_seen: dict[str, Signature] = {}
         self._copies = tempfile.TemporaryDirectory(prefix="alore_ext_")
         self._lock = threading.Lock()
@@ -80,13 +83,16 @@ class AdapterDirectory:
             OSError: the folder cannot be listed. The pool is left as it is.
         """
         with self._lock:
-            found = self._scan()
+            found, unreadable = self._scan()
             before, self._last_seen = self._last_seen, found
             report = ReloadReport()
-            for name in [name for name in self._loaded if name not in found]:
+            for name in [name for name in self._loaded if name not in found and name not in unreadable]:
                 self._attempt(name, lambda name=name: self._remove(name), apply, report, report.removed)
-            for name in [name for name in self._failed if name not in found]:
+            for name in [name for name in self._failed if name not in found and name not in unreadable]:
                 del self._failed[name]
+            for name, reason in unreadable.items():
+                if not settled_only or self._failed.get(name) != (None, reason):
+                    self._fail(name, None, reason, report)
             for name, signature in found.items():
                 if self._loaded.get(name) == signature:
                     self._failed.pop(name, None)
@@ -98,19 +104,24 @@ class AdapterDirectory:
                 self._load(name, signature, apply, report)
             return report
 
-    def _scan(self) -> dict[str, Signature]:
-        found = {}
+    def _scan(self) -> tuple[dict[str, Signature], dict[str, str]]:
+        """The files, and why others that are there cannot be looked at."""
+        found, unreadable = {}, {}
         with os.scandir(self.folder) as entries:
             for entry in entries:
                 if entry.name.startswith(".") or not entry.name.endswith(SUFFIX):
                     continue
+                name = entry.name.removesuffix(SUFFIX)
                 try:
                     status = entry.stat()
-                except OSError:  # gone since it was listed, or a dangling link
+                except FileNotFoundError:  # gone since it was listed, or a dangling link
                     continue
-                if entry.is_file():
-                    found[entry.name.removesuffix(SUFFIX)] = _signature(status)
-        return dict(sorted(found.items()))
+                except OSError as error:  # a disk's or a network's trouble: what was loaded stays
+                    unreadable[name] = error.strerror or str(error)
+                    continue
+                if stat.S_ISREG(status.st_mode):
+                    found[name] = _signature(status)
+        return dict(sorted(found.items())), unreadable
 
     def _load(self, name: str, signature: Signature, apply, report: ReloadReport) -> None:
         if not name.isprintable():
@@ -131,7 +142,7 @@ class AdapterDirectory:
 
         def change() -> None:
             self._check(copy)
-            self._replace(name, copy) if known else self.pool.add(name, copy)
+            self._replace(name, copy) if known else self._add(name, copy)
 
         error = self._attempt(name, change, apply, report, report.replaced if known else report.added)
         copy.unlink()
@@ -154,10 +165,22 @@ class AdapterDirectory:
         done.append(name)
         return None
 
-    def _fail(self, name: str, signature: Signature, message: str, report: ReloadReport) -> None:
+    def _fail(self, name: str, signature: Signature | None, message: str, report: ReloadReport) -> None:
         self._failed[name] = (signature, message)
         report.failed[name] = message
         _log.warning("adapter %r: %s", name, message)
+
+    def _add(self, name: str, file: Path) -> None:
+        self.pool.add(name, file)
+        if name != self._wanted or self.pool.active is not None:
+            return
+        try:
+            self.pool.activate(name)
+        except Exception:
+            self.pool.remove(name)
+            raise
+        self._wanted = None
+        _log.info("adapter %r is back, and active again", name)
 
     def _replace(self, name: str, file: Path) -> None:
         """Another file under the same name. A file that cannot take its place leaves the former adapter there."""
@@ -177,6 +200,8 @@ class AdapterDirectory:
     def _remove(self, name: str) -> None:
         if self.pool.active == name:
             self.pool.deactivate()
+            self._wanted = name
+            _log.warning("adapter %r was active, and its file is gone: activated again when it comes back", name)
         self.pool.remove(name)
         del self._loaded[name]
 

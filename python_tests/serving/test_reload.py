@@ -1,5 +1,7 @@
 """A folder of adapters that changes under a running server."""
 
+import contextlib
+import errno
 import os
 import threading
 import time
@@ -96,6 +98,83 @@ def test_the_active_adapter_is_replaced_and_removed(folder):
     assert "a" in directory.reload().failed and pool.active == "a" and pool.num_classes("a") == 9
     (folder / "a.safetensors").unlink()
     assert directory.reload().removed == ["a"] and pool.active is None
+
+
+def test_the_active_adapter_is_activated_again_when_its_file_is_back(folder, caplog):
+    caplog.set_level("INFO")
+    pool = FakePool({})
+    directory = AdapterDirectory(folder, pool)
+    directory.reload()
+    pool.activate("a")
+    (folder / "a.safetensors").unlink()
+    directory.reload()
+    assert pool.active is None and "'a' was active" in caplog.text
+    write(folder, "a", "bad")
+    assert "a" in directory.reload().failed and pool.active is None
+    write(folder, "a", "9")
+    assert directory.reload().added == ["a"] and pool.active == "a"
+    assert "'a' is back, and active again" in caplog.text
+
+
+def test_one_that_does_not_merge_any_more_is_not_added(folder, monkeypatch):
+    pool = FakePool({})
+    directory = AdapterDirectory(folder, pool)
+    directory.reload()
+    pool.activate("a")
+    (folder / "a.safetensors").rename(folder / "away")
+    directory.reload()
+
+    def fail(name):
+        raise ValueError("cannot merge")
+
+    (folder / "away").rename(folder / "a.safetensors")
+    with monkeypatch.context() as patched:
+        patched.setattr(pool, "activate", fail)
+        assert directory.reload().failed == {"a": "cannot merge"} and pool.names == ["b"]
+    assert directory.reload().added == ["a"] and pool.active == "a"
+
+
+def test_another_that_is_active_by_then_stays_so(folder):
+    pool = FakePool({})
+    directory = AdapterDirectory(folder, pool)
+    directory.reload()
+    pool.activate("a")
+    (folder / "a.safetensors").rename(folder / "away")
+    directory.reload()
+    pool.activate("b")
+    (folder / "away").rename(folder / "a.safetensors")
+    assert directory.reload().added == ["a"] and pool.active == "b"
+
+
+def test_a_file_that_cannot_be_looked_at_is_not_gone(folder, monkeypatch):
+    """As on a network's disk that does not answer."""
+
+    class Entry:
+        def __init__(self, entry):
+            self.name, self.stat = entry.name, entry.stat
+            if entry.name == "a.safetensors":
+                self.stat = self.fail
+
+        def fail(self):
+            raise OSError(errno.EIO, "Input/output error")
+
+    @contextlib.contextmanager
+    def scandir(path):
+        with real(path) as entries:
+            yield [Entry(entry) for entry in entries]
+
+    real, pool = os.scandir, FakePool({})
+    directory = AdapterDirectory(folder, pool)
+    directory.reload()
+    pool.activate("a")
+    with monkeypatch.context() as patched:
+        patched.setattr("alore_ext.serving.reload.os.scandir", scandir)
+        assert directory.reload(settled_only=True).to_dict() | {"failed": {"a": "Input/output error"}} == (
+            directory.reload().to_dict()
+        )
+        assert not directory.reload(settled_only=True)  # said once
+        assert pool.active == "a" and pool.names == ["a", "b"]
+    assert not directory.reload() and not directory.reload()
 
 
 def test_the_watcher_leaves_a_file_alone_until_it_rests(folder):
