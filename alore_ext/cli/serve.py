@@ -12,6 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from alore_ext.serving.launch import DTYPES, Server, ServerOptions, open_server
+from alore_ext.serving.settings import option_of
 from alore_ext.training.errors import InputError, require
 
 from .options import add_model_options
@@ -48,19 +49,25 @@ def add_parser(commands) -> argparse.ArgumentParser:
         "--graph-batches", metavar="N,N", help="with --activate: batch sizes to record as CUDA graphs"
     )
     execution.add_argument(
-        "--centre-crop", action="store_true", help="for adapters trained with --augment crop: the central 7/8"
+        "--centre-crop",
+        action="store_true",
+        help="take the central 7/8 of each image, for adapters trained with --augment crop. Of all adapters of this "
+        "server: those trained otherwise belong in another's folder",
     )
     batching = parser.add_argument_group("batching and limits")
-    for option, kind, text in (
-        ("--max-batch", int, "images in one pass"),
-        ("--max-delay-ms", float, "that the first image of a batch waits for others"),
-        ("--max-queue", int, "requests admitted at a time; more get 429"),
-        ("--max-request-mb", float, "of a request's body; more gets 413"),
-        ("--max-megapixels", float, "of an image; more gets 413 before it is decoded"),
-        ("--decode-threads", int, "that decode images"),
+    for name, kind, text in (
+        ("max_batch", int, "images in one pass"),
+        ("max_delay_ms", float, "that the first image of a batch waits for others"),
+        ("max_queue", int, "requests admitted at a time: decoded, waiting, in a batch; more get 429"),
+        ("max_reading", int, "requests whose bodies are being read at a time; more get 429"),
+        ("body_timeout_s", float, "seconds for a request's body to arrive; later gets 408"),
+        ("max_request_mb", float, "of a request's body; more gets 413"),
+        ("max_megapixels", float, "of an image; more gets 413 before it is decoded"),
+        ("decode_threads", int, "that decode images"),
     ):
-        default = next(f.default for f in fields(ServerOptions) if f.name == _field(option))
-        batching.add_argument(option, type=kind, metavar="N", help=f"{text} (default: {default:g})")
+        default = next(f.default for f in fields(ServerOptions) if f.name == name)
+        help_text = f"{text} (default: {default:g})"
+        batching.add_argument(option_of(name), dest=name, type=kind, metavar="N", help=help_text)
     reloading = parser.add_argument_group("adapters that come and go")
     reloading.add_argument(
         "--watch", dest="watch_s", type=float, nargs="?", const=2.0, metavar="SECONDS",
@@ -101,6 +108,9 @@ def _serve(server: Server, listener: socket.socket) -> None:
         http="h11",  # ends a connection at 64 KiB of headers; httptools keeps all that a client sends
         log_level="warning",
         access_log=False,
+        # Of connections, idle ones too, each a file: beyond that 503. By default fewer than the 1,024 files that a
+        # process may usually open.
+        limit_concurrency=server.options.max_reading + server.options.max_queue + 128,
         timeout_keep_alive=75,  # longer than the 60 s after which common load balancers close idle connections
         timeout_graceful_shutdown=int(server.options.body_timeout_s) + 30,
     )
@@ -146,7 +156,3 @@ def _token(arguments: argparse.Namespace) -> str | None:
         except (OSError, ValueError) as error:
             raise InputError(f"--reload-token-file: cannot read {arguments.reload_token_file}: {error}") from error
     return None
-
-
-def _field(option: str) -> str:
-    return option.removeprefix("--").replace("-", "_")

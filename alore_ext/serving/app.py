@@ -53,6 +53,7 @@ def create_app(
     settings = settings or Settings()
     metrics = Metrics()
     service = PredictionService(pool, spec, settings, on_batch=metrics.batch)
+    metrics.watch("requests_reading", "Requests whose bodies are being read", lambda: service.reading.taken)
     metrics.watch("queue_depth", "Requests admitted and not yet answered", lambda: service.batcher.admitted)
     metrics.watch("queue_waiting", "Decoded images that wait for a batch", lambda: service.batcher.waiting)
     metrics.watch("adapters_loaded", "Adapters in the pool", lambda: len(service.names))
@@ -85,14 +86,16 @@ def _add_predict(app: FastAPI, service: PredictionService, settings: Settings) -
     async def predict(request: Request) -> Any:
         """The likeliest classes of one image, by the adapter named."""
         check_length(request, settings.max_request_bytes)
-        with service.batcher.admit():
-            try:
+        service.batcher.check()  # before a body is read for nothing
+        try:
+            with service.reading.hold():  # no place in the queue: a slow client takes none from the others
                 body = await read_body(request, settings.max_request_bytes, settings.body_timeout_s, service.aside)
-            except ClientDisconnect:
-                return Response(status_code=_CLIENT_GONE)
-            if body.adapter is None:
-                raise InvalidField(f'"adapter" must be the name of an adapter; none came; {listing(service.names)}')
-            request.scope[_ADAPTER] = body.adapter
+        except ClientDisconnect:
+            return Response(status_code=_CLIENT_GONE)
+        if body.adapter is None:
+            raise InvalidField(f'"adapter" must be the name of an adapter; none came; {listing(service.names)}')
+        request.scope[_ADAPTER] = body.adapter
+        with service.batcher.admit():
             answer = asyncio.ensure_future(service.classify(body.image, body.adapter, body.top_k))
             gone = asyncio.ensure_future(_disconnect(request))
             try:
@@ -128,9 +131,14 @@ def _add_adapters(
 def _add_state(app: FastAPI, service: PredictionService, metrics: Metrics) -> None:
     @app.get("/health")
     async def health() -> Any:
-        """200 while requests are admitted, 503 otherwise: a load balancer's readiness probe."""
-        ready = service.batcher.ready
-        state = {"live": True, "ready": ready, "adapters": len(service.names), "queued": service.batcher.admitted}
+        """200 while requests are admitted and answered, 503 otherwise: a load balancer's readiness probe.
+
+        `live` is false where only a new process helps.
+        """
+        batcher = service.batcher
+        ready = batcher.ready
+        state = {"live": batcher.live, "ready": ready, "adapters": len(service.names)}
+        state |= {"reading": service.reading.taken, "queued": batcher.admitted}
         return JSONResponse(state, status_code=200 if ready else 503)
 
     @app.get("/metrics")

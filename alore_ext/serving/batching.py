@@ -18,14 +18,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
-from .errors import QueueFull, ShuttingDown
+from .errors import DeviceFailed, QueueFull, ShuttingDown
 
-__all__ = ["BatchRecord", "Batcher"]
+__all__ = ["BatchRecord", "Batcher", "Places"]
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _log = logging.getLogger("alore_ext.serving")
+
+# So many batches in a row of which nothing succeeded, and nobody is sent here for a while; then it is tried again.
+_FAILED_BATCHES = 5
+_RETRY_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,37 @@ class BatchRecord:
     waited: tuple[float, ...]  # seconds from submit to the start of the batch, one a request
     seconds: float
     failed: int
+
+
+class Places:
+    """How many requests may be at one stage at a time.
+
+    Args:
+        limit: of them.
+        stage: for the message: "300 requests are <stage>, of 256 at the most".
+    """
+
+    def __init__(self, limit: int, stage: str) -> None:
+        self.limit, self._stage = limit, stage
+        self.taken = 0
+        self._lock = threading.Lock()
+
+    def check(self) -> None:
+        """Raises QueueFull where all are taken."""
+        if self.taken >= self.limit:
+            raise QueueFull(f"{self.taken} requests are {self._stage}, of {self.limit} at the most: try again")
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """One of them. Raises QueueFull where all are taken."""
+        with self._lock:
+            self.check()
+            self.taken += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self.taken -= 1
 
 
 @dataclass(eq=False)  # compared by identity: two clients may send the same item
@@ -49,13 +84,15 @@ class _Entry(Generic[Item]):
 class Batcher(Generic[Item, Result]):
     """Runs items in batches: `run` maps a list of items to as many results, in order, on the worker thread.
 
-    A batch that fails is halved until the items that make it fail are alone; only those get the error.
+    A batch that fails is halved until the items that make it fail are alone; only those get the error. After an error
+    that is `fatal` nothing more is run.
 
     Args:
         max_batch: most items in one call of `run`.
         max_delay: seconds that the first of a batch waits for others at the most.
         max_queue: most requests admitted at a time: those being prepared, waiting, and in work.
-        on_batch: called on the worker thread after every batch.
+        fatal: whether after this error of `run` it cannot succeed any more, with any items.
+        on_batch: called on the worker thread after every batch. What it raises is logged.
     """
 
     def __init__(
@@ -65,14 +102,17 @@ class Batcher(Generic[Item, Result]):
         max_batch: int,
         max_delay: float,
         max_queue: int,
+        fatal: Callable[[Exception], bool] = lambda error: False,
         on_batch: Callable[[BatchRecord], None] | None = None,
     ) -> None:
-        self._run, self._on_batch = run, on_batch
-        self.max_batch, self.max_delay, self.max_queue = max_batch, max_delay, max_queue
+        self._run, self._fatal, self._on_batch = run, fatal, on_batch
+        self.max_batch, self.max_delay = max_batch, max_delay
+        self._places = Places(max_queue, "waiting")
         self._waiting: deque[_Entry[Item]] = deque()
         self._jobs: deque[tuple[Callable[[], Any], Future]] = deque()
         self._changed = threading.Condition()
-        self._admitted = 0
+        self._broken = False  # by a fatal error
+        self._failures, self._last_failure = 0, 0.0  # batches in a row of which nothing succeeded
         self._closing = False  # admits nobody
         self._stopping = False  # the worker ends once the queue is empty
         self._thread = threading.Thread(target=self._work, name="alore-ext-predict", daemon=True)
@@ -82,42 +122,48 @@ class Batcher(Generic[Item, Result]):
         self._thread.start()
 
     @property
+    def live(self) -> bool:
+        """Whether this process can answer anything, now or later."""
+        return self._thread.is_alive() and not self._stopping and not self._broken
+
+    @property
     def ready(self) -> bool:
-        """Whether requests are admitted and the worker is there to run them."""
-        return self._thread.is_alive() and not self._closing and not self._stopping
+        """Whether requests are admitted, and were not all in vain of late."""
+        failing = self._failures >= _FAILED_BATCHES and time.monotonic() - self._last_failure < _RETRY_S
+        return self.live and not self._closing and not failing
 
     @property
     def admitted(self) -> int:
         """Requests admitted and not yet answered."""
-        return self._admitted
+        return self._places.taken
 
     @property
     def waiting(self) -> int:
         """Items submitted that no batch has taken yet."""
         return len(self._waiting)
 
+    def check(self) -> None:
+        """Raises what `admit` would raise now: for a request that has something to do before."""
+        if self._broken:
+            raise DeviceFailed("the device has failed, and this server must be started anew")
+        if self._closing or not self.live:
+            raise ShuttingDown("the server is shutting down")
+        self._places.check()
+
     @contextmanager
     def admit(self) -> Iterator[None]:
-        """A place for one request, from before its body is read until its answer is there.
+        """A place for one request, from before its image is decoded until its answer is there.
 
-        Held from so early because what a request costs while it is prepared (its body, its decoded image) is more
-        than what it costs in the queue.
+        Held from so early because what a decoded image costs is more than what a request costs in the queue.
 
         Raises:
             QueueFull: `max_queue` requests are admitted.
             ShuttingDown: `close` was called.
+            DeviceFailed: after a fatal error.
         """
-        with self._changed:
-            if not self.ready:
-                raise ShuttingDown("the server is shutting down")
-            if self._admitted >= self.max_queue:
-                raise QueueFull(f"{self._admitted} requests are waiting, of {self.max_queue} at the most: try again")
-            self._admitted += 1
-        try:
+        self.check()
+        with self._places.hold():
             yield
-        finally:
-            with self._changed:
-                self._admitted -= 1
 
     async def submit(self, item: Item) -> Result:
         """Wait for the item's result. Cancelling the wait takes the item out of the queue.
@@ -155,7 +201,7 @@ class Batcher(Generic[Item, Result]):
     async def close(self) -> None:
         """Admit nobody, wait until every admitted request has its answer, and end the worker."""
         self._closing = True
-        while self._admitted and self._thread.is_alive():
+        while self.admitted and self._thread.is_alive():
             await asyncio.sleep(0.005)
         with self._changed:
             self._stopping = True
@@ -178,7 +224,8 @@ class Batcher(Generic[Item, Result]):
                 left, self._waiting = list(self._waiting), deque()
                 jobs, self._jobs = list(self._jobs), deque()
             for _, future in jobs:
-                future.set_exception(ShuttingDown("the server is shutting down"))
+                if future.set_running_or_notify_cancel():
+                    future.set_exception(ShuttingDown("the server is shutting down"))
             _deliver([(entry, None, ShuttingDown("the server is shutting down")) for entry in left])
 
     def _next(self) -> list[_Entry[Item]] | tuple[Callable[[], Any], Future] | None:
@@ -205,18 +252,29 @@ class Batcher(Generic[Item, Result]):
         except BaseException:  # it ends the thread
             _deliver([(entry, None, ShuttingDown("the server is shutting down")) for entry in batch])
             raise
+        failed = sum(error is not None for _, _, error in outcomes)
+        self._failures, self._last_failure = (self._failures + 1 if failed == len(batch) else 0), time.monotonic()
         _deliver(outcomes)
         if self._on_batch is not None:
             waited = tuple(started - entry.arrived for entry in batch)
-            failed = sum(error is not None for _, _, error in outcomes)
-            self._on_batch(BatchRecord(len(batch), waited, time.monotonic() - started, failed))
+            try:
+                self._on_batch(BatchRecord(len(batch), waited, time.monotonic() - started, failed))
+            except Exception:  # whoever counts batches does not end them
+                _log.exception("on_batch failed")
 
     def _attempt(self, batch: list[_Entry[Item]]) -> list[tuple[_Entry[Item], Result | None, Exception | None]]:
+        if self._broken:
+            error = DeviceFailed("the device has failed, and this server must be started anew")
+            return [(entry, None, error) for entry in batch]
         try:
             results = self._run([entry.item for entry in batch])
             if len(results) != len(batch):
                 raise RuntimeError(f"{len(results)} results came for a batch of {len(batch)}")
         except Exception as error:
+            if self._fatal(error):
+                self._broken = True
+                _log.critical("nothing more can be predicted, start the server anew: %s", error)
+                return [(entry, None, error) for entry in batch]
             if len(batch) == 1:
                 return [(batch[0], None, error)]
             _log.warning("a batch of %d failed (%s: %s), halved", len(batch), type(error).__name__, error)
@@ -227,10 +285,15 @@ class Batcher(Generic[Item, Result]):
 
 
 def _call(function: Callable[[], Any], future: Future) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
     try:
         future.set_result(function())
     except Exception as error:
         future.set_exception(error)
+    except BaseException:  # it ends the thread
+        future.set_exception(ShuttingDown("the server is shutting down"))
+        raise
 
 
 def _deliver(outcomes: Sequence[tuple[_Entry, Any, Exception | None]]) -> None:

@@ -85,7 +85,7 @@ async def read_body(request: Request, limit: int, timeout: float, aside) -> Pred
         if kind == "application/json":
             return await aside(_json, await asyncio.wait_for(limited.body(), timeout))
     except asyncio.TimeoutError:
-        raise BodyTimeout(f"the request's body did not arrive within {timeout:g} s") from None
+        raise BodyTimeout(f"the request's body did not arrive within the {timeout:g} s of --body-timeout") from None
     raise UnsupportedBody(f"the body must be {_FIELDS}; got Content-Type {kind[:100]!r}")
 
 
@@ -106,8 +106,8 @@ def _limited(receive: Receive, limit: int) -> Receive:
 async def _multipart(request: Request) -> PredictBody:
     try:
         form = await request.form(max_files=1, max_fields=8, max_part_size=4096)
-    except (HTTPException, MultiPartException) as error:  # the former where an application runs
-        message = error.detail if isinstance(error, HTTPException) else error.message
+    except (HTTPException, MultiPartException, UnicodeError) as error:  # the first where an application runs
+        message = getattr(error, "detail", None) or getattr(error, "message", None) or str(error)[:200]
         raise BadRequest(f"the multipart body cannot be read: {message}") from None
     try:
         file = form.get("file")

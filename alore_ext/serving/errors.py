@@ -8,6 +8,7 @@ __all__ = [
     "BadRequest",
     "BodyTimeout",
     "BodyTooLarge",
+    "DeviceFailed",
     "FolderUnreadable",
     "ImageTooLarge",
     "InvalidField",
@@ -41,6 +42,12 @@ class QueueFull(RequestError):
 class ShuttingDown(RequestError):
     status, reason = 503, "shutting_down"
     headers = {"Retry-After": "5"}
+
+
+class DeviceFailed(RequestError):
+    """The device gives errors from now on, whatever it is asked: only a new process helps."""
+
+    status, reason = 503, "device_failed"
 
 
 class UnknownAdapter(RequestError):

@@ -16,7 +16,7 @@ from torch import Tensor
 from alore_ext.training.images import normalize
 from alore_ext.training.loader import InputSpec
 
-from .batching import Batcher, BatchRecord
+from .batching import Batcher, BatchRecord, Places
 from .errors import InvalidPrediction, PredictionFailed, RequestError, UnknownAdapter
 from .images import Decoder
 from .settings import Settings
@@ -76,11 +76,15 @@ class PredictionService:
             max_batch=settings.max_batch,
             max_delay=settings.max_delay_ms / 1000,
             max_queue=settings.max_queue,
+            fatal=lambda error: isinstance(error, torch.AcceleratorError) and _lost(pool.device),
             on_batch=on_batch,
         )
+        self.reading = Places(settings.max_reading, "being read")
         self.adapters: dict[str, Adapter] = {}
         self._decode = Decoder(spec.size, settings.max_pixels, settings.centre_crop)
         self._threads = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="alore-ext-decode")
+        # Apart from decoding, which takes seconds at its worst: whatever is read waits for no image.
+        self._parser = ThreadPoolExecutor(1, thread_name_prefix="alore-ext-parse")
 
     def start(self) -> None:
         """Start the threads."""
@@ -91,6 +95,7 @@ class PredictionService:
         """Finish what was admitted, then end the threads."""
         await self.batcher.close()
         await asyncio.to_thread(self._threads.shutdown)
+        await asyncio.to_thread(self._parser.shutdown)
 
     @property
     def names(self) -> list[str]:
@@ -118,8 +123,8 @@ class PredictionService:
         }
 
     async def aside(self, function: Callable, *arguments):
-        """Call a function on the decoding threads: the event loop is no place for work that takes milliseconds."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
+        """Call a function on a thread for it: the event loop is no place for work that takes milliseconds."""
+        return await asyncio.get_running_loop().run_in_executor(self._parser, function, *arguments)
 
     async def classify(self, image: bytes, adapter: str, top_k: int) -> list[Prediction]:
         """The `top_k` likeliest classes of an image file, likeliest first; all of them if there are fewer.
@@ -133,7 +138,7 @@ class PredictionService:
         """
         if adapter not in self.adapters:  # before the work of decoding
             raise UnknownAdapter.named(adapter, self.names)
-        pixels = await self.aside(self._decode, image)
+        pixels = await asyncio.get_running_loop().run_in_executor(self._threads, self._decode, image)
         try:
             answer = await self.batcher.submit(_Job(pixels, adapter, top_k))
         except RequestError:
@@ -179,6 +184,15 @@ def rank(logits: Tensor | list[Tensor], top_k: int) -> list[list[tuple[int, floa
     values, indices = logits.float().softmax(dim=1).topk(min(top_k, logits.shape[1]), dim=1)
     rows = zip(values.tolist(), indices.tolist(), counts, strict=True)
     return [list(zip(index[:count], value[:count], strict=True)) for value, index, count in rows]
+
+
+def _lost(device: torch.device) -> bool:
+    """Whether the device does nothing any more: CUDA gives most of its errors again at every later call."""
+    try:
+        torch.ones(1, device=device).item()
+    except torch.AcceleratorError:
+        return True
+    return False
 
 
 def _named(ranked: list[tuple[int, float]], adapter: Adapter) -> list[Prediction] | InvalidPrediction:

@@ -4,6 +4,8 @@ import base64
 import json
 import math
 import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -13,8 +15,10 @@ pytest.importorskip("python_multipart")
 pytest.importorskip("PIL")
 
 import httpx
+import torch
 from serving_fakes import FakePool, as_json, encoded, form, png
 
+from alore_ext.serving.images import Decoder
 from alore_ext.serving.service import rank
 
 
@@ -42,8 +46,6 @@ def test_top_k_defaults_to_5_and_ends_at_the_number_of_classes(serving):
 
 
 def test_rank_of_heads_of_unequal_size():
-    import torch
-
     rows = [torch.tensor([0.0, 2.0, 1.0]), torch.tensor([1.0]), torch.tensor([-5.0, -6.0]).bfloat16()]
     ranked = rank(rows, 2)
     assert [[index for index, _ in row] for row in ranked] == [[1, 2], [0], [0, 1]]
@@ -64,7 +66,7 @@ def test_adapters_and_health(serving):
     }
     health = client.get("/health")
     assert health.status_code == 200
-    assert health.json() == {"live": True, "ready": True, "adapters": 2, "queued": 0}
+    assert health.json() == {"live": True, "ready": True, "adapters": 2, "reading": 0, "queued": 0}
 
 
 def b64(data):
@@ -112,6 +114,15 @@ def test_what_bad_requests_get(serving, status, words, arguments):
     assert isinstance(detail, str) and all(word in detail for word in words), detail
     assert "Traceback" not in detail and len(detail) < 600
     assert client.post("/predict", **form(4, "b")).json()["predictions"][0]["index"] == 3  # and it still works
+
+
+@pytest.mark.parametrize("charset", ["undefined", "hex", "idna", "utf-16", "no-such"])
+def test_a_multipart_charset_that_cannot_be_decoded_is_the_clients_fault(serving, charset):
+    body = b'--x\r\nContent-Disposition: form-data; name="adapter"\r\n\r\na\xff\r\n--x--\r\n'
+    headers = {"content-type": f"multipart/form-data; boundary=x; charset={charset}"}
+    answer = serving().post("/predict", content=body, headers=headers)
+    assert answer.status_code in (400, 422), answer.text
+    assert charset != "undefined" or answer.status_code == 400 and "multipart" in answer.json()["detail"]
 
 
 @pytest.mark.parametrize("kind", ["multipart", "json"])
@@ -179,6 +190,49 @@ def test_a_model_that_fails_tells_the_log_and_not_the_client(serving, caplog):
     assert answer.status_code == 500 and "the model broke" not in answer.text and "log" in answer.json()["detail"]
     assert "the model broke" in caplog.text
     assert client.post("/predict", **form(1, "a")).status_code == 200
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_a_lost_device_is_not_ready_and_refuses(serving, monkeypatch, lost):
+    """An accelerator's error alone is not enough: some of them pass."""
+
+    def broken(*arguments, **options):
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    if lost:
+        monkeypatch.setattr("alore_ext.serving.service._lost", lambda device: True)
+    pool = FakePool({"a": 3})
+    client = serving(pool)
+    with monkeypatch.context() as patched:
+        patched.setattr(pool, "predict", broken, raising=False)
+        assert client.post("/predict", **form(1, "a")).status_code == 500
+    health, answer = client.get("/health"), client.post("/predict", **form(1, "a"))
+    assert (health.status_code, answer.status_code) == ((503, 503) if lost else (200, 200))
+    assert health.json()["live"] == health.json()["ready"] == (not lost)
+    assert not lost or "started anew" in answer.json()["detail"]
+
+
+def test_reading_requests_waits_for_no_image(serving, monkeypatch):
+    """Images that take long to decode keep nobody from an answer that needs none."""
+    begun, gate = threading.Event(), threading.Event()
+    decode = Decoder.__call__
+
+    def slow(self, data):
+        begun.set()
+        assert gate.wait(30)
+        return decode(self, data)
+
+    monkeypatch.setattr(Decoder, "__call__", slow)
+    client = serving(decode_threads=1)
+    with ThreadPoolExecutor(1) as threads:
+        asked = threads.submit(client.post, "/predict", **as_json(png(4), "b"))
+        try:
+            assert begun.wait(10)
+            assert client.post("/predict", **as_json(png(1), "nobody")).status_code == 404
+            assert not asked.done()
+        finally:
+            gate.set()
+        assert asked.result().status_code == 200
 
 
 def test_an_error_nobody_thought_of_is_json_too(serving, monkeypatch):

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from alore_ext.serving.batching import Batcher
-from alore_ext.serving.errors import QueueFull, ShuttingDown
+from alore_ext.serving.errors import DeviceFailed, QueueFull, ShuttingDown
 
 
 def run(scenario, batch, **options):
@@ -151,6 +151,93 @@ def test_a_worker_that_dies_leaves_nobody_waiting(monkeypatch):
 
     (before, results, after), _ = run(scenario, die)
     assert before and not after and all(isinstance(result, ShuttingDown) for result in results)
+
+
+def test_a_change_that_ends_the_worker_is_answered(monkeypatch):
+    monkeypatch.setattr(threading, "excepthook", lambda arguments: None)
+
+    def leave():
+        raise SystemExit
+
+    async def scenario(batcher):
+        with pytest.raises(ShuttingDown):
+            await asyncio.wait_for(asyncio.wrap_future(batcher.between_batches(leave)), 5)
+        return batcher.live
+
+    assert run(scenario, double)[0] is False
+
+
+def test_a_change_that_is_given_up_is_not_made():
+    gate, made = threading.Event(), []
+
+    async def scenario(batcher):
+        batcher.between_batches(gate.wait)
+        given_up = batcher.between_batches(lambda: made.append(1))
+        assert given_up.cancel()
+        gate.set()
+        return await batcher.submit(21)
+
+    assert run(scenario, double)[0] == 42 and not made
+
+
+def test_counting_batches_does_not_end_them(caplog):
+    def broken(record):
+        raise ZeroDivisionError
+
+    async def main():
+        batcher = Batcher(double, max_batch=1, max_delay=0, max_queue=9, on_batch=broken)
+        batcher.start()
+        results = [await asyncio.wait_for(batcher.submit(i), 5) for i in range(3)]
+        await batcher.close()
+        return results
+
+    assert asyncio.run(main()) == [0, 2, 4] and "on_batch failed" in caplog.text
+
+
+def test_a_fatal_error_is_the_last():
+    calls = []
+
+    def lost(items):
+        calls.append(len(items))
+        raise OSError("the device is lost")
+
+    async def scenario(batcher):
+        results = await asyncio.gather(*(batcher.submit(i) for i in range(8)), return_exceptions=True)
+        assert not batcher.ready and not batcher.live
+        with pytest.raises(DeviceFailed, match="started anew"), batcher.admit():
+            pass
+        with pytest.raises(DeviceFailed):  # was admitted before
+            await batcher.submit(1)
+        return results
+
+    results, _ = run(scenario, lost, fatal=lambda error: isinstance(error, OSError))
+    assert [str(result) for result in results] == ["the device is lost"] * 8
+    assert calls == [8]  # not halved, and not tried again
+
+
+def test_batches_that_all_fail_are_no_readiness_until_one_succeeds(monkeypatch):
+    works = []
+
+    def fragile(items):
+        if not works:
+            raise ValueError("no")
+        return items
+
+    async def scenario(batcher):
+        ready = []
+        for _ in range(6):
+            with batcher.admit(), pytest.raises(ValueError):
+                await batcher.submit(1)
+            ready.append(batcher.ready)
+        assert batcher.live
+        with monkeypatch.context() as later:
+            later.setattr("alore_ext.serving.batching._RETRY_S", 0)
+            assert batcher.ready  # or nobody would be sent to find out
+        works.append(1)
+        await batcher.submit(1)
+        return [*ready, batcher.ready]
+
+    assert run(scenario, fragile, max_delay=0)[0] == [True] * 4 + [False] * 2 + [True]
 
 
 def test_changes_never_overlap_with_a_batch():

@@ -148,11 +148,13 @@ def test_clients_that_go_away_harm_nobody_and_free_their_place(app):
         client = httpx.Client(base_url=address, timeout=20)
         whole = [connect(raw_request(200 + i, "b")) for i in range(30)]  # waiting for the model
         half = [connect(raw_request(1, "b")[:-50]) for _ in range(10)]  # in the middle of their bodies
-        until(lambda: client.get("/health").json()["queued"] == 40)
+        until(lambda: client.get("/health").json()["queued"] == 30)
+        until(lambda: client.get("/health").json()["reading"] == 10)
         staying = {200 + i: whole[i] for i in range(0, 30, 5)}
         for connection in set(whole + half) - set(staying.values()):
             connection.close()
         until(lambda: client.get("/health").json()["queued"] == len(staying))
+        until(lambda: client.get("/health").json()["reading"] == 0)
         pool.gate.set()
         for value, connection in staying.items():
             connection.settimeout(10)
@@ -175,8 +177,29 @@ def test_a_body_that_never_ends_is_given_up(app):
             connection.settimeout(10)
             answer = http.client.HTTPResponse(connection)
             answer.begin()
-            assert answer.status == 408 and "within 0.3 s" in json.load(answer)["detail"]
+            assert answer.status == 408 and "within the 0.3 s of --body-timeout" in json.load(answer)["detail"]
         assert httpx.post(f"{address}/predict", **form(1, "a")).status_code == 200
+
+
+def test_slow_clients_take_no_place_in_the_queue(app):
+    with running(
+        app(FakePool(ADAPTERS), max_queue=1, max_reading=4),
+    ) as address:
+        place = (urlsplit(address).hostname, urlsplit(address).port)
+        slow = [socket.create_connection(place) for _ in range(4)]
+        for connection in slow[:3]:
+            connection.sendall(raw_request(1, "a")[:-50])
+        with httpx.Client(base_url=address, timeout=20) as client:
+            until(lambda: client.get("/health").json()["reading"] == 3)
+            assert client.post("/predict", **form(1, "a")).status_code == 200
+            slow[3].sendall(raw_request(1, "a")[:-50])
+            until(lambda: client.get("/health").json()["reading"] == 4)
+            refused = client.post("/predict", **form(1, "a"))
+            assert refused.status_code == 429 and "4 requests are being read, of 4" in refused.json()["detail"]
+            for connection in slow:
+                connection.close()
+            until(lambda: client.get("/health").json()["reading"] == 0)
+            assert client.post("/predict", **form(1, "a")).status_code == 200
 
 
 def test_the_event_loop_is_free_while_the_model_works(app):

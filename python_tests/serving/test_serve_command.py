@@ -1,5 +1,6 @@
 """`alore-ext serve` with the bundled ViT and real adapters, as a user runs it."""
 
+import contextlib
 import os
 import re
 import signal
@@ -7,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -166,7 +168,7 @@ def test_the_command_from_start_to_sigterm_in_flight(start, adapters, tmp_path, 
 def test_headers_without_end_are_cut_off(start, adapters, device):
     """Whatever parsers are installed, a client cannot fill the memory before its request is seen."""
     folder, _ = adapters
-    process = start(folder, device)
+    process = start(folder, device, "--max-queue", "1", "--max-reading", "1")
     address = httpx.URL(process.address)
     with socket.create_connection((address.host, address.port), timeout=30) as client:
         with pytest.raises(OSError):
@@ -174,6 +176,18 @@ def test_headers_without_end_are_cut_off(start, adapters, device):
             for _ in range(64):
                 client.sendall(b"a" * 1_000_000)
     assert httpx.get(f"{process.address}/health", timeout=30).json()["ready"]
+    with contextlib.ExitStack() as stack:  # nor with connections
+        for _ in range(130):
+            stack.enter_context(socket.create_connection((address.host, address.port), timeout=30))
+        assert httpx.get(f"{process.address}/health", timeout=30).status_code == 503
+    until(lambda: httpx.get(f"{process.address}/health", timeout=30).status_code == 200)
+
+
+def until(condition):
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_ctrl_c_and_the_options(start, adapters, device):
@@ -209,6 +223,12 @@ def test_ctrl_c_and_the_options(start, adapters, device):
             ("--model", "tiny_vit", "--adapters", "{}", "--max-megapixels", "nan"),
             "--max-megapixels must be a number",
         ),
+        (
+            ("--model", "tiny_vit", "--adapters", "{}", "--max-megapixels", "500"),
+            "--max-megapixels must be at most 89, beyond which Pillow takes an image for a bomb, got 500",
+        ),
+        (("--model", "tiny_vit", "--adapters", "{}", "--body-timeout", "0"), "--body-timeout must be a number above 0"),
+        (("--model", "tiny_vit", "--adapters", "{}", "--max-reading", "0"), "--max-reading must be at least 1, got 0"),
         (("--model", "tiny_vit", "--adapters", "{}", "--max-request-mb", "inf"), "--max-request-mb must be a number"),
         (("--model", "tiny_vit", "--adapters", "{}", "--watch", "0"), "--watch must be a number above 0"),
         (("--model", "tiny_vit", "--adapters", "{}", "--port", "70000"), "cannot listen there"),
