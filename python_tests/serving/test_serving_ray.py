@@ -21,12 +21,21 @@ NEEDED = {"backbone": "tiny_vit", "adapters": "folder"}
 
 
 def test_arguments_are_converted_to_what_the_options_are():
-    options, replicas = parse_arguments(
-        NEEDED | {"replicas": "3", "max_batch": "16", "max_delay_ms": "2.5", "centre_crop": "True", "img_size": "32"}
+    options, replicas, num_gpus = parse_arguments(
+        NEEDED
+        | {
+            "replicas": "3",
+            "num_gpus": "0.5",
+            "max_batch": "16",
+            "max_delay_ms": "2.5",
+            "centre_crop": "True",
+            "img_size": "32",
+        }
     )
-    assert (replicas, options.max_batch, options.max_delay_ms, options.img_size) == (3, 16, 2.5, 32)
+    assert (replicas, num_gpus) == (3, 0.5)
+    assert (options.max_batch, options.max_delay_ms, options.img_size) == (16, 2.5, 32)
     assert options.centre_crop is True and options.adapters == "folder" and options.watch_s == 5
-    assert parse_arguments(NEEDED | {"watch_s": 1})[0].watch_s == 1
+    assert parse_arguments(NEEDED | {"watch_s": 1})[0].watch_s == 1 and parse_arguments(NEEDED)[2] is None
 
 
 @pytest.mark.parametrize(
@@ -34,11 +43,13 @@ def test_arguments_are_converted_to_what_the_options_are():
     [
         ({"backbone": "tiny_vit"}, "adapters=... is needed"),
         ({"adapters": "folder"}, "backbone=... is needed"),
-        (NEEDED | {"max_batches": "3"}, "unknown argument max_batches; known: replicas, max_batch,"),
+        (NEEDED | {"max_batches": "3"}, "unknown argument max_batches; known: replicas, num_gpus, max_batch,"),
         (NEEDED | {"max_batch": "many"}, "max_batch must be of type int, got 'many'"),
         (NEEDED | {"pretrained": "yes"}, "pretrained must be of type bool, got 'yes'"),
         (NEEDED | {"max_queue": "0"}, "--max-queue must be at least 1"),
         (NEEDED | {"replicas": "0"}, "replicas must be at least 1, got 0"),
+        (NEEDED | {"num_gpus": "-1"}, "num_gpus must be a number from 0 on, got -1"),
+        (NEEDED | {"num_gpus": "one"}, "num_gpus must be of type float, got 'one'"),
         (NEEDED | {"reload_token": "x"}, "one replica of many"),
     ],
 )
