@@ -4,17 +4,21 @@
     python benchmarks/serving.py --parts server --seconds 20                       # the server; a CPU will do
 
 All ratios are of one run: each call takes turns with the plain backbone on the same images. Before it is timed, a mixed
-batch is compared with each adapter's own merged model. PEFT's counterparts run where peft is importable.
+batch is compared with each adapter's own merged model. PEFT's counterparts run where peft is importable. The exit
+status is 1 where the server lost a request, answered one wrongly, held one for ever, or did not end well.
 """
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import torch
 from serve.pool_parts import PARTS
 from serve.subject import DTYPES, build
 from steps.report import COLOURS, commit
+
+FAULTS = ("lost", "wrong", "stuck", "exit")  # of the server's row: what must be 0
 
 
 def main(argv=None):
@@ -28,6 +32,8 @@ def main(argv=None):
     def keep(new):
         """Printed at once: a run that is cut short leaves what it had measured."""
         for row in new:
+            if "ms" in row:
+                row["per_s"] = args.batch / row["ms"] * 1e3
             print(_line(row), flush=True)
         rows.extend(new)
 
@@ -38,6 +44,9 @@ def main(argv=None):
             Path(args.json).write_text(json.dumps({**head, "rows": rows}, indent=1) + "\n")
     if args.plot:
         _plot(head, [row for row in rows if row["part"] == "mixed" and "ratio" in row], args.plot)
+    for row in rows:
+        if bad := {key: row[key] for key in FAULTS if row.get(key)}:
+            sys.exit(f"{row['part']} failed: {', '.join(f'{key} {value}' for key, value in bad.items())}")
     return rows
 
 
@@ -88,6 +97,7 @@ def _line(row):
     fields = []
     if "ratio" in row:
         fields.append(f"{row['ratio']:6.3f}x  {row['ms']:8.2f} ms  base {row['base_ms']:8.2f} ms")
+        fields.append(f"{row['per_s']:6.0f} images/s")
     for key in ("wall_us", "host_us", "device_us", "copy_us", "mb"):
         if row.get(key) is not None:
             bound = "<= " if key == "device_us" and not row["queued_ahead"] else ""

@@ -35,7 +35,8 @@ def server(args):
     """Rows: requests a second and latencies of good requests, counts by status, what went wrong.
 
     `lost`: requests without an answer whose client had not left. `wrong`: another status than the request deserves, or
-    another adapter's or image's label. `stuck`: requests that the server still holds when all clients are done.
+    another adapter's or image's label. `stuck`: requests that the server still holds when all clients are done. `exit`:
+    the server's exit code. All must be 0.
     """
     missing = [package for package in NEEDED if importlib.util.find_spec(package) is None]
     if missing:
@@ -161,10 +162,11 @@ async def _until_ready(client):
 async def _stuck(client):
     """Requests that the server holds although nobody waits for one, after time to notice who has left."""
     for _ in range(50):
-        if not (queued := (await client.get("/health")).json()["queued"]):
+        health = (await client.get("/health")).json()
+        if not (held := health["reading"] + health["queued"]):
             return 0
         await asyncio.sleep(0.1)
-    return queued
+    return held
 
 
 async def _client(client, draw, pictures, expected, end, totals):

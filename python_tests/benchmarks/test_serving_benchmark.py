@@ -29,12 +29,14 @@ def test_the_pools_parts(script, tmp_path, capsys, device):
     assert {row["part"] for row in rows} == {"merged", "swap", "mixed", "memory"}
     mixed = [row for row in rows if row["part"] == "mixed" and row.get("check") is not None]
     assert len(mixed) == 18 and all(row["ratio"] > 0 and row["check"] < 1e-3 for row in mixed)
+    assert all(row["per_s"] == pytest.approx(8e3 / row["ms"]) for row in mixed)
     assert all(row["mb"] > 0 and row["file_mb"] > 0 for row in rows if row["part"] == "memory")
     swaps = {row["what"] for row in rows if row["part"] == "swap"}
     assert {
         f"{call}, {method}" for call in ("pool.activate", "unmerge_ + merge_") for method in ("alore", "mlae")
     } < swaps
-    assert plot.stat().st_size > 5000 and "pool.activate, alore" in capsys.readouterr().out
+    assert plot.stat().st_size > 5000 and "pool.activate, alore" in (out := capsys.readouterr().out)
+    assert out.count(" images/s") == sum("ms" in row for row in rows)
 
 
 def test_a_wrong_mixed_batch_is_not_timed(script, device):
@@ -111,6 +113,16 @@ def test_the_server_is_skipped_without_its_packages(script, monkeypatch, capsys)
     monkeypatch.setattr(importlib.import_module("serve.server_part"), "NEEDED", ("no_such_package",))
     (row,) = script.main(["--parts", "server", "--device", "cpu"])
     assert row["what"] == "skipped: no_such_package not installed" and row["what"] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("fault", ["lost", "wrong", "stuck", "exit"])
+def test_a_server_at_fault_is_a_failure_after_its_row_is_kept(script, monkeypatch, tmp_path, capsys, fault):
+    row = {"part": "server", "what": "tiny_vit", "text": "9 images/s", "lost": 0, "wrong": 0, "stuck": 0, "exit": 0}
+    monkeypatch.setattr(importlib.import_module("serve.server_part"), "server", lambda args: [row | {fault: 1}])
+    file = tmp_path / "a.json"
+    with pytest.raises(SystemExit, match=f"server failed: {fault} 1"):  # a message: status 1
+        script.main(["--parts", "server", "--json", str(file)])
+    assert json.loads(file.read_text())["rows"][0][fault] == 1 and "9 images/s" in capsys.readouterr().out
 
 
 @pytest.mark.slow
