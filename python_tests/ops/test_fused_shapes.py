@@ -54,7 +54,14 @@ SHAPES = [
     (8, 1024, 4),
 ]
 # Enough tokens for blocks that take several tiles at a time, and that go round more than once.
-LARGE = [(4, 96, 4, 40000), (8, 256, 8, 8500), (4, 640, 4, 8500), (4, 1536, 4, 2115)]
+LARGE = [
+    (4, 96, 4, 40000),
+    (2, 128, 8, 17000),
+    (8, 256, 8, 8500),
+    (2, 512, 16, 8500),
+    (4, 640, 4, 8500),
+    (4, 1536, 4, 2115),
+]
 # The pipelined kernels: three rounds and more, in which each of the three stages is used again.
 LONG = [(128, 40000), (256, 40000), (384, 13000), (512, 20000), (768, 13000), (1024, 8500)]
 
