@@ -138,9 +138,9 @@ def test_formats_that_are_not_read(picture):
             DECODE(encoded(picture, kind))
 
 
-def progressive_jpeg(scans):
+def progressive_jpeg(scans, size=(64, 64)):
     """One whose last scan is repeated."""
-    data = encoded(Image.new("RGB", (64, 64), "red"), "JPEG", progressive=True)
+    data = encoded(Image.new("RGB", size, "red"), "JPEG", progressive=True)
     last, end = data.rfind(b"\xff\xda"), data.rfind(b"\xff\xd9")
     return data[:end] + data[last:end] * (scans - data.count(b"\xff\xda")) + data[end:]
 
@@ -150,6 +150,8 @@ def test_scans_of_a_jpeg_are_bounded():
     assert DECODE(progressive_jpeg(100)).shape == (3, 16, 16)
     with pytest.raises(NotAnImage, match="at most 100 scans; this one has 101"):
         DECODE(progressive_jpeg(101))
+    with pytest.raises(NotAnImage, match="of 20,000,000 pixels must have at most 50 scans; this one has 51"):
+        Decoder(16, 50_000_000)(progressive_jpeg(51, (5000, 4000)))
 
 
 def rle_bmp(width, height, data):
