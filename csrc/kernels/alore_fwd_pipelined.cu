@@ -65,9 +65,9 @@ class PipelinedForward {
         row_tile(warp / kL.per_row_tile),
         block(warp % kL.per_row_tile / kL.splits),
         first_group(warp % kL.per_row_tile * kItems),
-        rows_lane(operand_rows(lane, kL.row_stride)),
-        down_columns(shared_address(memory + kI.down) + operand_columns(lane, kI.down_stride)),
-        up_rows(shared_address(memory + kI.up) + operand_rows(lane, kI.up_stride)) {}
+        rows_lane(operand_rows(lane, kRowBytes)),
+        down_columns(shared_address(memory + kI.down) + operand_columns(lane, kI.down_stride * 2)),
+        up_rows(shared_address(memory + kI.up) + operand_rows(lane, kI.up_stride * 2)) {}
 
   __device__ __forceinline__ void run() {
     const int64_t count = (p.num_tokens + kL.rows - 1) / kL.rows, step = int64_t{gridDim.x} * kL.teams;

@@ -8,38 +8,9 @@
 
 #include "kernels/alore_pipelined_layout.h"
 #include "kernels/alore_tile.cuh"
+#include "kernels/matrix_loads.cuh"
 
 namespace alore::kernels {
-
-__device__ __forceinline__ uint32_t shared_address(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
-
-// Four 8 x 8 matrices of 16-bit values, their rows at the lanes' addresses.
-__device__ __forceinline__ void load_matrices(uint32_t (&m)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
-               : "r"(address)
-               : "memory");
-}
-
-__device__ __forceinline__ void load_matrices_transposed(uint32_t (&m)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
-               : "r"(address)
-               : "memory");
-}
-
-// A lane's part of the addresses of a [16, 16] piece of rows `stride` elements apart: as the A operand, or,
-// read transposed, as the B operand that sums over the rows.
-__device__ __forceinline__ uint32_t operand_rows(int lane, int stride) {
-  return (lane % 16) * stride * 2 + lane / 16 * 16;
-}
-
-// The same as the B operand that sums over the columns, two tiles of 8 rows.
-__device__ __forceinline__ uint32_t operand_columns(int lane, int stride) {
-  return (lane / 16 * 8 + lane % 8) * stride * 2 + lane / 8 % 2 * 16;
-}
 
 // Where a column's weight stands: by its group and the lane that holds it in a product's result, columns 2c
 // and 2c + 1 of each of four tiles of 8.

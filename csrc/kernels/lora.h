@@ -31,6 +31,7 @@ enum class LoraPath {
   kFold,      // round(W + B diag(c) A) in one kernel, then the base product alone, forward and for dx
   kExtended,  // forward: the rank term inside the base product, [x | t] [W | Bc]^T; one kernel writes [x | t]
   kFused,     // y0 = b + t (Bc)^T in one streaming kernel, onto which the base product accumulates
+  kStaged,    // backward: as kFused, sums and factors in registers; widths in whole chunks, R <= 8
   kFusedHalf,  // backward: the same kernel twice, over grad_out and over x, where both do not fit at once
   kGemm,       // the side path by matrix products; every shape and dtype
 };
@@ -43,6 +44,8 @@ constexpr const char* name_of(LoraPath path) {
       return "extended";
     case LoraPath::kFused:
       return "fused";
+    case LoraPath::kStaged:
+      return "staged";
     case LoraPath::kFusedHalf:
       return "fused-half";
     default:
@@ -61,6 +64,7 @@ struct LoraPlan {
   int64_t code_width = 0;        // columns of the code t = x A^T that forward keeps; 0 where it keeps none
   int64_t operand_elements = 0;  // of the packed factors that forward keeps, activation type
   int64_t blocks = 0;            // backward, fused: thread blocks, each of which leaves a partial sum
+  int staged_shape = -1;         // backward, staged: which of kStagedShapes
   size_t shared_bytes = 0;       // backward, fused: of the larger kernel
   size_t workspace_bytes = 0;    // backward, fused: all partial sums
 

@@ -1,5 +1,5 @@
-// The backward of the low-rank side in one pass over grad_out and x; lora_finish.cu adds up what its blocks
-// leave.
+// The backward of the low-rank side for any widths, in one pass over grad_out and x; lora_finish.cu adds up
+// what its blocks leave.
 #include "kernels/lora_mma.cuh"
 
 namespace alore::kernels {
@@ -262,12 +262,16 @@ void lora_fused_backward(const CudaContext& context, const LoraShape& s, const L
                          Factors2 factors, const Coefficients& coefficients, const void* packed,
                          const void* x, const void* grad_out, const void* code, void* dx,
                          LoraGradients gradients, void* workspace) {
+  const RankScale scale = rank_scale(s, coefficients);
+  if (plan.backward == LoraPath::kStaged) {
+    lora_backward_staged(context, s, plan, scale, packed, x, grad_out, code, dx, workspace);
+    return lora_finish(context, s, plan, factors, scale, gradients, workspace);
+  }
   if (plan.backward != LoraPath::kFused && plan.backward != LoraPath::kFusedHalf) {
     throw std::runtime_error("lora_fused_backward: the plan is another");
   }
   const LoraWorkspace layout(s, plan.blocks);
   char* const base = static_cast<char*>(workspace);
-  const RankScale scale = rank_scale(s, coefficients);
   dispatch_fused(s, [&](auto tag, auto rank_tiles) {
     using T = typename decltype(tag)::type;
     constexpr int kTiles = decltype(rank_tiles)::value;

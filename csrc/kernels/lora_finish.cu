@@ -7,6 +7,7 @@ namespace {
 struct FinishArgs {
   int64_t in_features, out_features, blocks;
   int64_t units_y, units_x;
+  bool in_order;  // a unit's features are g and g + 8; else feature_of's
   RankScale scale;
   const float4 *partial_y, *partial_x;
   float* coeff_parts;  // [units_y / tiles, 8 * tiles]
@@ -57,7 +58,8 @@ __global__ void __launch_bounds__(256)
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       const int j = tile * 8 + 2 * q + (k & 1);
-      const int64_t feature = first + feature_of(g, 2 * half + (k >> 1));
+      const int64_t feature =
+          first + (args.in_order ? half * 16 + g + (k >> 1) * 8 : feature_of(g, 2 * half + (k >> 1)));
       if (j >= rank || feature >= (from_y ? args.out_features : args.in_features)) continue;
       const float c = args.scale.template at<T>(j);
       if (from_y) {
@@ -121,6 +123,7 @@ void lora_finish(const CudaContext& context, const LoraShape& s, const LoraPlan&
                         plan.blocks,
                         layout.units_y,
                         layout.units_x,
+                        plan.backward == LoraPath::kStaged,
                         scale,
                         reinterpret_cast<const float4*>(base + layout.partial_y),
                         reinterpret_cast<const float4*>(base + layout.partial_x),

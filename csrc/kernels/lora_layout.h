@@ -26,6 +26,32 @@ constexpr size_t lora_backward_shared(int64_t units, int rank_tiles) {
                        2 * kBackwardWarps * rank_tiles);
 }
 
+// The staged backward: 12 warps, each with at most `chunks_y` chunks of grad_out and `chunks_x` of x in every
+// tile of 16 * row_tiles tokens.
+struct StagedShape {
+  int chunks_y, chunks_x, row_tiles;
+};
+inline constexpr int kStagedWarps = 12;
+inline constexpr StagedShape kStagedShapes[] = {{1, 1, 4}, {3, 1, 2}, {6, 2, 1}};
+
+// Its shared memory, in bytes: two stages of [grad_out | x | code], and the warps' partial codes. Rows are an
+// odd number of 16-byte pieces apart.
+struct StagedLayout {
+  int y_stride, x_stride;
+  int x, code, stage_bytes;  // within a stage
+  int parts, bytes;
+
+  constexpr StagedLayout(int in_features, int out_features, int row_tiles)
+      : y_stride((out_features / 8 | 1) * 16), x_stride((in_features / 8 | 1) * 16) {
+    const int rows = row_tiles * static_cast<int>(kTileTokens);
+    x = rows * y_stride;
+    code = x + rows * x_stride;
+    stage_bytes = (code + rows * 16 + 127) / 128 * 128;
+    parts = 2 * stage_bytes;
+    bytes = parts + row_tiles * kStagedWarps * static_cast<int>(kUnitBytes);
+  }
+};
+
 // The backward's scratch memory, offsets in bytes.
 struct LoraWorkspace {
   int64_t units_y, units_x;

@@ -173,7 +173,11 @@ inline RankScale rank_scale(const LoraShape& s, const Coefficients& c) {
           static_cast<int>(s.expert_rank)};
 }
 
-// The last kernel of lora_fused_backward, whose arguments these are.
+// The kernels of lora_fused_backward, whose arguments these are: one that leaves partial sums (needs the
+// staged plan), and the last.
+void lora_backward_staged(const CudaContext& context, const LoraShape& shape, const LoraPlan& plan,
+                          const RankScale& scale, const void* packed, const void* x, const void* grad_out,
+                          const void* code, void* dx, void* workspace);
 void lora_finish(const CudaContext& context, const LoraShape& shape, const LoraPlan& plan, Factors2 factors,
                  const RankScale& scale, LoraGradients gradients, void* workspace);
 

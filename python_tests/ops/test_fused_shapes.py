@@ -56,8 +56,8 @@ SHAPES = [
 # Enough tokens for blocks that take several tiles at a time, and that go round more than once.
 LARGE = [
     (4, 96, 4, 40000),
-    (2, 128, 8, 17000),
     (8, 256, 8, 8500),
+    (2, 128, 8, 17000),
     (2, 512, 16, 8500),
     (4, 640, 4, 8500),
     (4, 1536, 4, 2115),

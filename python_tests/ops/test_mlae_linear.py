@@ -223,11 +223,16 @@ class TestMask:
 
 # Features, ranks, weight's dtype and the plan on a GPU with 227 KiB of shared memory a block.
 CUDA_PATHS = [
-    pytest.param((64, 96, 8, 1), None, ("extended", "fused"), marks=needs_cuda),
-    pytest.param((96, 64, 8, 1), None, ("fused", "fused"), marks=needs_cuda),
+    pytest.param((64, 96, 8, 1), None, ("extended", "staged"), marks=needs_cuda),
+    pytest.param((96, 64, 5, 1), None, ("fused", "staged"), marks=needs_cuda),
+    pytest.param((384, 1152, 4, 2), None, ("extended", "staged"), marks=needs_cuda),
+    pytest.param((768, 2304, 8, 1), None, ("extended", "staged"), marks=needs_cuda),
+    pytest.param((768, 64, 8, 1), None, ("fused", "staged"), marks=needs_cuda),
+    pytest.param((72, 96, 8, 1), None, ("extended", "fused"), marks=needs_cuda),
+    pytest.param((96, 64, 12, 1), None, ("fused", "fused"), marks=needs_cuda),
     pytest.param((768, 2304, 14, 1), None, ("extended", "fused-half"), marks=needs_cuda),
     pytest.param((64, 96, 8, 4), None, ("gemm", "gemm"), marks=needs_cuda),
-    pytest.param((64, 96, 8, 1), torch.float32, ("fold", "fused"), marks=needs_cuda),
+    pytest.param((64, 96, 8, 1), torch.float32, ("fold", "staged"), marks=needs_cuda),
     pytest.param((64, 92, 8, 1), torch.float32, ("fold", "gemm"), marks=needs_cuda),
 ]
 
@@ -253,6 +258,28 @@ def test_every_path_is_deterministic_and_only_enqueues(dims, weight_dtype, paths
         results.append([y, *grads.values()])
     for again in results[1:]:
         assert all(map(torch.equal, results[0], again))
+
+
+@pytest.mark.parametrize(
+    ("dims", "tokens"),
+    [
+        pytest.param(dims, tokens, marks=needs_cuda, id=f"in{dims[0]}-out{dims[1]}-t{tokens}")
+        for dims, tokens in (
+            ((64, 96, 8, 1), 40001),
+            ((128, 384, 8, 1), 40001),
+            ((256, 768, 8, 1), 17001),
+            ((384, 1152, 8, 1), 17001),
+            ((512, 1536, 8, 1), 8501),
+            ((768, 2304, 8, 1), 8501),
+        )
+    ],
+)
+def test_staged_backward_over_several_rounds(dims, tokens):
+    """Each of its two stages is filled again while the other is read."""
+    args = make(dims, (tokens,), torch.bfloat16, torch.float32, "cuda")
+    if torch.cuda.get_device_capability() == (9, 0):
+        assert ops.plan_lora(args["x"], args["weight"], args["lora_a"]).backward == "staged"
+    assert_matches_oracle(args, (tokens,))
 
 
 @pytest.mark.parametrize("offset", [pytest.param(k, marks=needs_cuda) for k in (1, 3)])
@@ -385,9 +412,13 @@ class TestPlan:
     @pytest.mark.parametrize(
         ("in_features", "out_features", "rank", "paths"),
         [
-            (768, 2304, 8, ("extended", "fused")),  # ViT-B qkv
+            (768, 2304, 8, ("extended", "staged")),  # ViT-B qkv
+            (128, 384, 8, ("extended", "staged")),  # Swin-B's first stage
+            (768, 2304, 1, ("extended", "staged")),
+            (768, 2336, 8, ("extended", "fused")),
+            (800, 2304, 8, ("extended", "fused")),
             (768, 776, 8, ("extended", "fused")),
-            (768, 768, 8, ("fused", "fused")),
+            (768, 768, 8, ("fused", "staged")),
             (3072, 768, 8, ("fused", "fused")),
             (1024, 3072, 8, ("extended", "fused")),  # ViT-L
             (1024, 4096, 8, ("extended", "fused-half")),
@@ -408,13 +439,14 @@ class TestPlan:
 
     def test_other_dtypes_and_devices(self):
         assert self.plan(768, 2304, 8, torch.float32, **self.H200).forward == "gemm"
-        assert self.plan(768, 2304, 8, torch.float16, **self.H200).backward == "fused"
+        assert self.plan(768, 2304, 8, torch.float16, **self.H200).backward == "staged"
         ada = self.plan(768, 2304, 8, **self.ADA)
         assert (ada.forward, ada.backward) == ("extended", "gemm")
+        assert self.plan(128, 384, 8, **self.ADA).backward == "staged"
 
     def test_fold(self):
         plan = self.plan(768, 2304, 8, weight=torch.float32, **self.H200)
-        assert (plan.forward, plan.backward) == ("fold", "fused")
+        assert (plan.forward, plan.backward) == ("fold", "staged")
         assert (plan.code_width, plan.operand_elements) == (0, 768 * 2304)
         assert self.plan(768, 2304, 8, torch.float32).forward == "gemm"
 
@@ -425,6 +457,8 @@ class TestPlan:
         partial = plan.blocks * (768 + 2304) * 8 * 4
         assert partial <= plan.workspace_bytes <= partial + 2304 * 4 + tokens * 16 + 5 * 256
         assert plan.code_width == 8
+        narrow = self.plan(128, 384, 8, tokens=tokens, **self.H200)  # four tiles of 16 tokens at a time
+        assert narrow.blocks == min(132, max(1, -(-tokens // 64)))
 
     def test_prints_what_it_holds(self):
         plan = self.plan(768, 2304, 8, **self.H200)
