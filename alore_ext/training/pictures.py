@@ -29,7 +29,7 @@ def as_rgb(image: Image) -> Image:
     except Exception:  # damaged EXIF fails in many ways, and says nothing about the picture
         pass
     if image.mode.startswith("I"):  # 16-bit gray, which convert("RGB") would clip at 255
-        levels = numpy.asarray(image).astype(numpy.int64).clip(0, 65535) >> 8
+        levels = numpy.asarray(image).clip(0, 65535) >> 8  # in its own type: of a large image each copy counts
         image = require("PIL.Image").fromarray(levels.astype(numpy.uint8))
     return image.convert("RGB")
 
