@@ -112,9 +112,7 @@ class LoraCase {
         workspace_(plan_.workspace_bytes) {
     coefficients_.coeff = coeff_.get();
     coefficients_.mask = mask_.get();
-    const bool half = plan_.backward == kernels::LoraPath::kFusedHalf;
-    if (plan_.forward != kernels::LoraPath::kFused ||
-        (plan_.backward != kernels::LoraPath::kFused && !half)) {
+    if (plan_.forward != kernels::LoraPath::kFused || plan_.backward == kernels::LoraPath::kGemm) {
       throw std::runtime_error("the device leaves no fused path: " + plan_.to_string());
     }
     if (p.c.backward) low_rank_forward(nullptr);  // what a forward keeps

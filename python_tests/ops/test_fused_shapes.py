@@ -71,6 +71,10 @@ def matrix():
     for index, shape in enumerate(FAST + SHAPES):
         for turn, op in enumerate(KRON_OPS):
             yield op, *shape, TOKENS[(index + 3 * turn) % len(TOKENS)], PAIRS[(index + turn) % len(PAIRS)]
+    for embed_dim in PIPELINED:
+        for low in LOW:
+            yield "layer_norm_alore", 4, embed_dim, 4, 67, (low, torch.float32)
+            yield "alore", 4, embed_dim, 4, 67, (low, low)
     yield "layer_norm_alore", 4, 96, 4, 2115, PAIRS[1]
     yield "layer_norm_alore", 4, 768, 4, 2115, PAIRS[0]
 
