@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one call: build, tests, compute-sanitizer, the C++ harness, whole training steps.
-#   bash benchmarks/device_check.sh [build] [tests] [sanitize] [harness] [steps] [merge] [serving]  (default: all)
+#   bash benchmarks/device_check.sh [build] [tests] [harness] [races] [sanitize] [steps] [targets] [merge] [serving]
+# (default: all but targets). races: the fused kernels alone, from the C++ harness, in seconds; sanitize: every operator, in minutes.
 # Logs go to $OUT (default: build/device_check); a short summary is printed last.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-build/device_check}
 mkdir -p "$OUT"
 export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-9.0a} PYTHONUNBUFFERED=1
-[ $# -gt 0 ] || set -- build tests sanitize harness steps merge serving
+[ $# -gt 0 ] || set -- build tests harness races sanitize steps merge serving
 summary=()
 
 run() { # name, log, command...
@@ -35,6 +36,26 @@ for stage in "$@"; do
         run "memcheck, axial shifts" memcheck_axial.log \
           compute-sanitizer --tool memcheck --error-exitcode 3 "$OUT/axial_shift_check"
       rm -f "$OUT/axial_shift_check" ;;
+    races)
+      # Odd and small shapes for memcheck; for racecheck tokens for three rounds and more, in which every stage of shared
+      # memory is filled again.
+      run "memcheck, quick suite" memcheck_quick.log \
+        compute-sanitizer --tool memcheck --error-exitcode 3 build/harness/alore_bench --suite quick --dtype bf16 --check-only
+      {
+        failed=0
+        for case in "128 40000" "256 40000" "384 13000" "512 20000" "768 13000" "1024 8500"; do
+          for op in layer_norm_alore alore "masked_lora_linear --experts 1 --rank 8"; do
+            for pass in "" --backward; do
+              # shellcheck disable=SC2086
+              compute-sanitizer --tool racecheck --error-exitcode 3 build/harness/alore_bench --op $op $pass --dim ${case% *} \
+                --tokens ${case#* } --dtype bf16 --check-only || failed=$((failed + 1))
+            done
+          done
+        done
+        echo "$failed of 36 cases failed"
+      } > "$OUT/racecheck_rounds.log" 2>&1
+      summary+=("$(printf '%-28s %s; hazards: %s' "racecheck, many rounds" "$(tail -n 1 "$OUT/racecheck_rounds.log")" \
+        "$(grep -c 'hazard detected' "$OUT/racecheck_rounds.log")")") ;;
     harness)
       cmake -S . -B build/harness -DCMAKE_CUDA_ARCHITECTURES=90a -DALORE_CUDA_WHEEL="$(python3 -c 'import nvidia.cu13 as m; print(list(m.__path__)[0])' 2> /dev/null)" > "$OUT/cmake.log" 2>&1 &&
         cmake --build build/harness -j "$(nproc)" >> "$OUT/cmake.log" 2>&1
@@ -43,6 +64,22 @@ for stage in "$@"; do
         run "harness $suite" "harness_$suite.log" build/harness/alore_bench --suite $suite --json "$OUT/harness_$suite.json"
       done ;;
     steps) run "train_step" steps.log env PYTHONPATH=. python3 benchmarks/train_step.py --out "$OUT" ;;
+    targets)
+      # What RESULTS.md holds against DESIGN.md's table, row by row.
+      while read -r name arguments; do
+        # shellcheck disable=SC2086
+        run "$name" "target_$name.log" env PYTHONPATH=. timeout 150 python3 benchmarks/train_step.py --seconds 0.8 --out "$OUT/$name" $arguments
+        grep -E "^ +[0-9]+ (eager|graph|compile)" "$OUT/target_$name.log" | sed "s/^/$name /"
+      done <<'ROWS'
+vit_eager --batch 32 256 --interleave --methods floor full alore mlae peft_lora
+vit_graph --batch 32 --mode graph --methods floor alore mlae peft_lora
+swin_b --model swin_base_patch4_window7_224 --batch 128 --methods floor alore mlae peft_lora
+convnext_128 --model convnext_base --batch 128 --methods floor alore
+convnext_32 --model convnext_base --batch 32 --methods floor alore
+vit_autocast --batch 256 --autocast --interleave --methods floor alore mlae
+vit_compile --batch 256 --mode compile --methods floor alore mlae
+ROWS
+      ;;
     merge) run "merge_model" merge.log env PYTHONPATH=. python3 benchmarks/merge_model.py --json "$OUT/merge_model.json" ;;
     serving)
       run "serving" serving.log env PYTHONPATH=".:${PYTHONPATH:-}" python3 benchmarks/serving.py --parts merged,swap,mixed,memory,server \
