@@ -8,7 +8,6 @@
 
 #include "kernels/alore_pipelined_layout.h"
 #include "kernels/alore_tile.cuh"
-#include "kernels/matrix_loads.cuh"
 
 namespace alore::kernels {
 

@@ -1,23 +1,10 @@
 // The backward of the low-rank side for any widths, in one pass over grad_out and x; lora_finish.cu adds up
 // what its blocks leave.
+#include "kernels/async_copy.cuh"
 #include "kernels/lora_mma.cuh"
 
 namespace alore::kernels {
 namespace {
-
-__device__ __forceinline__ void copy_async(uint4* shared, const void* global, bool valid) {
-  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  const int bytes = valid ? 16 : 0;  // the rest of the 16 is filled with zeros
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(bytes)
-               : "memory");
-}
-
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-template <int kPending>
-__device__ __forceinline__ void wait_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-}
 
 template <typename T>
 struct BackwardArgs {
@@ -48,7 +35,7 @@ class Stream {
 
   // Tokens g and g + 8 of the next chunk.
   __device__ __forceinline__ void next(uint4& low, uint4& high) {
-    wait_copies<kDepth - 2>();
+    copy_async_wait<kDepth - 2>();
     low = ring_[read_ * 64 + lane_];
     high = ring_[read_ * 64 + 32 + lane_];
     read_ = read_ + 1 == kDepth ? 0 : read_ + 1;
@@ -70,14 +57,14 @@ class Stream {
       const bool inside = column < width;
       const bool low = inside && row < args_.num_tokens, high = inside && row + 8 < args_.num_tokens;
       uint4* slot = ring_ + write_ * 64 + lane_;
-      copy_async(slot, low ? source + row * width + column : source, low);
-      copy_async(slot + 32, high ? source + (row + 8) * width + column : source, high);
+      copy_async_16(slot, low ? source + row * width + column : source, low);
+      copy_async_16(slot + 32, high ? source + (row + 8) * width + column : source, high);
       if (++position_ == count_y + count_x) {
         position_ = 0;
         tile_ += gridDim.x;
       }
     }
-    commit_copies();  // an empty group too, so that their number tells how far the copies are
+    copy_async_commit();  // an empty group too, so that their number tells how far the copies are
     write_ = write_ + 1 == kDepth ? 0 : write_ + 1;
   }
 
@@ -91,8 +78,9 @@ class Stream {
 template <typename T, int kTiles>
 __device__ __forceinline__ void accumulate_chunk(float4* acc, const uint4& low, const uint4& high,
                                                  const CodePair<kTiles>& turned_code, int lane) {
-  const uint32_t a[4] = {turned(low.x), turned(low.y), turned(low.z), turned(low.w)};
-  const uint32_t b[4] = {turned(high.x), turned(high.y), turned(high.z), turned(high.w)};
+  const uint32_t a[4] = {transpose8x8(low.x), transpose8x8(low.y), transpose8x8(low.z), transpose8x8(low.w)};
+  const uint32_t b[4] = {transpose8x8(high.x), transpose8x8(high.y), transpose8x8(high.z),
+                         transpose8x8(high.w)};
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
 #pragma unroll
@@ -111,8 +99,8 @@ __device__ __forceinline__ CodePair<kTiles> turned_pair(const CodePair<kTiles>& 
   CodePair<kTiles> out;
 #pragma unroll
   for (int tile = 0; tile < kTiles; ++tile) {
-    out.low[tile] = turned(code.low[tile]);
-    out.high[tile] = turned(code.high[tile]);
+    out.low[tile] = transpose8x8(code.low[tile]);
+    out.high[tile] = transpose8x8(code.high[tile]);
   }
   return out;
 }
@@ -241,7 +229,7 @@ __global__ void __launch_bounds__(kBackwardWarps * 32, 1)
       }
     }
   }
-  wait_copies<0>();
+  copy_async_wait<0>();
 
   const auto leave = [&](const float4* acc, float4* partial, int64_t units, int count) {
     for (int k = 0; k < count; ++k) {
@@ -289,9 +277,9 @@ void lora_fused_backward(const CudaContext& context, const LoraShape& s, const L
                          reinterpret_cast<float4*>(base + layout.partial_x),
                          reinterpret_cast<unsigned*>(base + layout.counter)};
     const auto kernel = lora_backward_kernel<T, kTiles>;
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(plan.shared_bytes)),
-          "lora_fused_backward");
+    static SharedMemoryGrants grants;
+    grants.allow(reinterpret_cast<const void*>(kernel), static_cast<int>(plan.shared_bytes),
+                 "lora_fused_backward");
     const auto launch = [&](int64_t units) {
       kernel<<<static_cast<unsigned>(plan.blocks), kBackwardWarps * 32, lora_backward_shared(units, kTiles),
                context.stream>>>(args, packed_factors);

@@ -7,7 +7,6 @@
 // grad_out (B c), then use it on their parts of x. Features count in whole chunks.
 #include "kernels/async_copy.cuh"
 #include "kernels/lora_mma.cuh"
-#include "kernels/matrix_loads.cuh"
 
 namespace alore::kernels {
 namespace {
@@ -23,20 +22,6 @@ struct StagedArgs {
   float4 *partial_y, *partial_x;  // [blocks, units, 32]
   unsigned* counter;              // set to 0 for the kernel behind this one
 };
-
-// d[16, 8] += a[16, 8] @ b[8, 8]
-template <typename T>
-__device__ __forceinline__ void mma_half(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b) {
-  if constexpr (std::is_same_v<T, __half>) {
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a0), "r"(a1), "r"(b));
-  } else {
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a0), "r"(a1), "r"(b));
-  }
-}
 
 // One kind of row on its way into a stage: thread by thread the same 16-byte piece of every kStep-th row, or
 // of every row several pieces.
@@ -150,7 +135,7 @@ __global__ void __launch_bounds__(kStagedWarps * 32, 1)
       }
       const uint32_t low = pack_pair<T>(total.x, total.y) & keep,
                      high = pack_pair<T>(total.z, total.w) & keep;
-      const uint32_t low_turned = turned(low), high_turned = turned(high);
+      const uint32_t low_turned = transpose8x8(low), high_turned = transpose8x8(high);
       const int64_t row = tile * kRows + r * 16;
       unsigned char* const rows = in + layout.x + r * 16 * layout.x_stride;
 #pragma unroll
@@ -169,7 +154,7 @@ __global__ void __launch_bounds__(kStagedWarps * 32, 1)
 #pragma unroll
         for (int t = 0; t < 4; ++t) {
           float out[4] = {};
-          mma_half<T>(out, low, high, expand[k][t]);
+          mma8<T>(out, low, high, expand[k][t]);
           unsigned char* const at = rows + g * layout.x_stride + chunk * 64 + t * 16 + q * 4;
           *reinterpret_cast<uint32_t*>(at) = pack_pair<T>(out[0], out[1]);
           *reinterpret_cast<uint32_t*>(at + 8 * layout.x_stride) = pack_pair<T>(out[2], out[3]);

@@ -11,6 +11,7 @@
 #include "kernels/lora.h"
 #include "kernels/lora_layout.h"
 #include "kernels/philox.h"
+#include "kernels/tensor_core.cuh"
 
 namespace alore::kernels {
 
@@ -33,30 +34,6 @@ struct FactorPlace {
     feature = expands ? feature_of(at.g, k >> 1) : at.q * 8 + k;
   }
 };
-
-// c[16 x 8] += a[16 x 16] b[16 x 8].
-template <typename T>
-__device__ __forceinline__ void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
-                                    uint32_t b0, uint32_t b1) {
-  if constexpr (std::is_same_v<T, __half>) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-        "{%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-  } else {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-        "{%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-  }
-}
-
-// The transpose of an 8x8 matrix of 16-bit values, one row a group of four lanes.
-__device__ __forceinline__ uint32_t turned(uint32_t v) {
-  uint32_t out;
-  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(v));
-  return out;
-}
 
 template <typename T>
 __device__ __forceinline__ uint32_t pack_pair(float low, float high) {
