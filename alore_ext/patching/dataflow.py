@@ -9,14 +9,42 @@ patching looks here.
 from __future__ import annotations
 
 import operator
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import wraps
 
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.fx import _symbolic_trace
 
 _ROOT = "block"
 _METADATA_ATTRIBUTES = ("shape", "dtype", "device", "ndim")
 _METADATA_METHODS = ("size", "dim")
+
+# torch.fx traces by replacing nn.Module's __call__ and __getattr__, the functions of `math` and those marked by
+# fx.wrap, for the whole process, and puts back what it found: one trace at a time. Other threads' calls of modules
+# meanwhile go past the tracer. What remains for them:
+# - The functions above are wrappers, which call the original unless an argument is a proxy. A compiled forward that
+#   calls one and runs at that moment sees another function, and is compiled once more after the trace.
+# - Where fx's flag of a trace is the process's (torch 2.11), it is up until `create_args_for_root`, for the time of a
+#   walk over the block's modules, and a compiled function called then raises.
+# - Traces by others (torch.export has one inside) are excluded only where their caller takes this lock.
+TRACING = threading.RLock()
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """No other trace, and no compilation.
+
+    Dynamo, in any thread, takes the replacements of a trace away while it compiles and puts them back after, for good
+    if the trace has ended.
+    """
+    dynamo = sys.modules.get("torch._dynamo.convert_frame")  # where nothing loaded it, nothing is being compiled
+    with getattr(dynamo, "compile_lock", nullcontext()), TRACING:
+        yield
 
 
 class DataflowError(Exception):
@@ -40,11 +68,12 @@ class BlockFlow:
 
     def __init__(self, block: nn.Module) -> None:
         self._block = block
-        tracer = _BlockTracer()
-        try:
-            self._graph = tracer.trace(_Probe(block))
-        except Exception as error:  # whatever a foreign forward does with symbolic values
-            raise DataflowError(f"has a forward that cannot be traced ({type(error).__name__}: {error})") from error
+        with _alone():
+            tracer = _BlockTracer()  # looks the functions of `math` up
+            try:
+                self._graph = tracer.trace(_Probe(block))
+            except Exception as error:  # whatever a foreign forward does with symbolic values
+                raise DataflowError(f"has a forward that cannot be traced ({type(error).__name__}: {error})") from error
         self._inputs = tracer.container_inputs
 
     def input_of(self, module: str) -> fx.Node:
@@ -138,23 +167,80 @@ class _Probe(nn.Module):
 class _BlockTracer(fx.Tracer):
     """Looks inside what contains linears, and no deeper.
 
-    Hooks on the containers do not run: they are the user's.
+    Hooks on the containers do not run: they are the user's. Modules called by other threads are none of its business.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.container_inputs: dict[str, list] = {}
+        self._flag = _FlagOfThread()
+        self._untraced = (nn.Module.__call__, nn.Module.__getattr__)
+
+    def trace(self, root, concrete_args=None):
+        try:
+            return super().trace(root, concrete_args)
+        finally:
+            self._flag.thread = None
+
+    def create_args_for_root(self, root_fn, is_module, concrete_args=None):
+        if getattr(_symbolic_trace, "_is_fx_tracing_flag", False):  # later versions have one for each thread
+            _symbolic_trace._is_fx_tracing_flag = self._flag
+        function, args = super().create_args_for_root(root_fn, is_module, concrete_args)
+
+        @wraps(function)
+        def run(*args):
+            self._release_other_threads()
+            return function(*args)
+
+        return run, args
+
+    def _release_other_threads(self) -> None:
+        """Put a choice by thread over fx's methods of nn.Module; fx takes it away with its own.
+
+        Before `call_module`, fx's __call__ wraps what the called module's file imported from `math`. From another
+        thread that may come after fx has put everything back, and stay.
+        """
+        for name, untraced in zip(("__call__", "__getattr__"), self._untraced, strict=True):
+            setattr(nn.Module, name, _by_thread(self._flag, getattr(nn.Module, name), untraced))
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, nn.Linear) or not any(isinstance(child, nn.Linear) for child in m.modules())
 
     def call_module(self, m, forward, args, kwargs):
+        if not self._flag:  # called before `_release_other_threads`
+            return forward(*args, **kwargs)
         name = self.path_of_module(m)
         if self.is_leaf_module(m, name):
             return self.create_proxy("call_module", name, args, kwargs)
         if args and isinstance(args[0], fx.Proxy):
             self.container_inputs.setdefault(_relative(name), []).append(args[0].node)
         return m.forward(*args, **kwargs)
+
+    def getattr(self, attr, attr_val, parameter_proxy_cache):
+        if not self._flag:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+
+class _FlagOfThread:
+    """True in the thread that made it, and nowhere once `thread` is None.
+
+    In the place of fx's flag, since some of torch puts that down and back in any thread, perhaps after the trace.
+    """
+
+    def __init__(self) -> None:
+        self.thread: int | None = threading.get_ident()
+
+    def __bool__(self) -> bool:
+        return threading.get_ident() == self.thread
+
+
+def _by_thread(flag: _FlagOfThread, traced, untraced):
+    @wraps(untraced)
+    def method(self, *args, **kwargs):
+        return (traced if flag else untraced)(self, *args, **kwargs)
+
+    return method
 
 
 def _relative(name: str) -> str:
