@@ -48,7 +48,9 @@ def server(args):
         command += ["--port", "0", "--max-queue", "1024"] + (["--device", args.device] if args.device else [])
         log = Path(folder) / "server.log"
         # In another folder than this one, where Python would find the source tree before the package that is measured.
-        where = {"cwd": folder, "env": os.environ | {"PYTHONPATH": str(Path(ae.__file__).parents[1])}}
+        # The caller's PYTHONPATH stays behind it: what the server needs may be there.
+        paths = [str(Path(ae.__file__).parents[1]), os.environ.get("PYTHONPATH")]
+        where = {"cwd": folder, "env": os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}}
         with log.open("w") as output, subprocess.Popen(command, stdout=output, stderr=output, **where) as process:
             try:
                 address = _address(log, process)

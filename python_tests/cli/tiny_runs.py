@@ -1,11 +1,9 @@
 """Options of runs that take a second, and how to read what they leave and print."""
 
 import json
-import os
 import re
-from pathlib import Path
 
-import alore_ext
+from processes import environment
 
 VIT = ("--model", "test_vit", "--random-init", "--img-size", "32")
 QUICK = ("--epochs", "3", "--warmup-epochs", "1", "--batch-size", "16")
@@ -14,8 +12,7 @@ COMMAND = "import sys; from alore_ext.cli import main; sys.exit(main())"
 
 def outside(folder):
     """For subprocess: run in ``folder`` with the package under test, one thread, so that no other copy is found."""
-    package = str(Path(alore_ext.__file__).parents[1])
-    return {"cwd": folder, "env": os.environ | {"PYTHONPATH": package, "OMP_NUM_THREADS": "1"}}
+    return {"cwd": folder, "env": environment(OMP_NUM_THREADS="1")}
 
 
 def accuracy_printed(capsys):

@@ -2,18 +2,16 @@
 
 import collections
 import copy
-import os
 import pickle
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from processes import environment
 
-import alore_ext
 from alore_ext import reference
 from alore_ext.models import AsMlp, as_mlp_base, as_mlp_small, as_mlp_tiny, load_as_mlp_checkpoint
 
@@ -274,9 +272,7 @@ def test_deepcopy_and_pickle(device):
 
 def test_models_need_no_timm(tmp_path):
     code = "import sys; sys.modules['timm'] = None; from alore_ext.models import AsMlp; AsMlp(8, (1,))"
-    # The package that this process runs, which may be installed beside a source folder without its library.
-    where = {**os.environ, "PYTHONPATH": str(Path(alore_ext.__file__).parents[1])}
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env=where)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env=environment())
 
 
 class TestCheckpoints:

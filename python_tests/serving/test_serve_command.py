@@ -1,7 +1,6 @@
 """`alore-ext serve` with the bundled ViT and real adapters, as a user runs it."""
 
 import contextlib
-import os
 import re
 import signal
 import socket
@@ -25,6 +24,7 @@ pytest.importorskip("timm")
 import httpx
 import torch
 from PIL import Image
+from processes import environment
 from real_adapters import CONFIGS, write_adapter, write_all
 from serving_fakes import as_json, encoded
 
@@ -49,7 +49,6 @@ class Process:
     """The command in a process of its own, from the moment that it answers."""
 
     def __init__(self, folder, device, *options):
-        package = str(Path(ae.__file__).parents[1])
         self.popen = subprocess.Popen(
             [
                 *COMMAND,
@@ -67,7 +66,7 @@ class Process:
             stderr=subprocess.PIPE,
             text=True,
             cwd=folder,
-            env=os.environ | {"PYTHONPATH": package, "OMP_NUM_THREADS": "1", "TOKEN": "geheim"},
+            env=environment(OMP_NUM_THREADS="1", TOKEN="geheim"),
         )
         self.out = []
         for line in self.popen.stdout:
