@@ -42,9 +42,10 @@ def _alone() -> Iterator[None]:
     Dynamo, in any thread, takes the replacements of a trace away while it compiles and puts them back after, for good
     if the trace has ended.
     """
-    dynamo = sys.modules.get("torch._dynamo.convert_frame")  # where nothing loaded it, nothing is being compiled
-    with getattr(dynamo, "compile_lock", nullcontext()), TRACING:
-        yield
+    with TRACING:  # before the other, as in a caller that compiles under it
+        dynamo = sys.modules.get("torch._dynamo.convert_frame")  # where nothing loaded it, nothing is being compiled
+        with getattr(dynamo, "compile_lock", nullcontext()):
+            yield
 
 
 class DataflowError(Exception):
