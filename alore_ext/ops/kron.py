@@ -114,8 +114,9 @@ def plan_alore(
     num_experts`` a multiple of 8, at most 8 blocks and ``num_experts * rank`` at most 64 (backward: not 33 to 48), on
     compute capability 8.0 and later, where the factors and a tile of 16 tokens fit a block's shared memory (embed_dim
     up to 1536 at 227 KiB, 1408 at 163 KiB and 768 at 99 KiB in both passes behind a norm, with 4 experts of rank 4).
-    The backward is ``pipelined``, and fastest, for 4 blocks, ``num_experts * rank`` up to 16, embed_dim 128, 256, 384,
-    512 or 768, bfloat16 (float16 too without a norm), no dropout and no sum, where 128 to 220 KiB are there.
+    Both passes are ``pipelined``, and fastest, for 4 blocks, ``num_experts * rank`` up to 16, embed_dim 128, 256, 384,
+    512 or 768 (forward 1024 too), 16-bit rows (backward behind a norm bfloat16 alone), no dropout and no sum, where
+    114 to 217 KiB of shared memory are there.
     Anything else is composed of cuBLAS products and smaller kernels: see :func:`plan_kron`.
 
     Args:

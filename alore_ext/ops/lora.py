@@ -77,9 +77,10 @@ def plan_lora(
         An object with ``forward`` and ``backward``, each "fold" (a float32 weight under 16-bit x: forward only),
         "extended" (forward, where out_features > in_features: the rank term inside the base product), "fused" or
         "fused-half" (in backward both halves in one kernel or apart, as shared memory allows), which take CUDA, 16-bit
-        x, R <= 16 and features in multiples of 8, or "gemm" (everything else); ``code_width`` and
-        ``operand_elements``, what forward keeps a token and in all; ``blocks``, ``shared_bytes`` and
-        ``workspace_bytes`` of the backward.
+        x, R <= 16 and features in multiples of 8, "staged" (backward, and fastest: R <= 8, in_features up to 768 and
+        out_features up to 2304 in multiples of 32), or "gemm" (everything else); ``code_width`` and
+        ``operand_elements``, what forward keeps a token and in all; ``blocks``, ``shared_bytes``,
+        ``workspace_bytes`` and ``staged_shape`` of the backward.
     """
     if x.device.type == "cuda":
         device = torch.cuda.get_device_properties(x.device)

@@ -174,6 +174,7 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("blocks", &AloreBackwardPlan::blocks)
       .def_readonly("shared_bytes", &AloreBackwardPlan::shared_bytes)
       .def_readonly("workspace_bytes", &AloreBackwardPlan::workspace_bytes)
+      .def_readonly("overlaps_launches", &AloreBackwardPlan::overlaps_launches)
       .def("__repr__", &AloreBackwardPlan::to_string);
   m.def("plan_alore", &plan_alore, py::kw_only(), py::arg("num_tokens"), py::arg("num_experts"),
         py::arg("num_blocks"), py::arg("block_dim"), py::arg("rank"), py::arg("dtype"), py::arg("out_dtype"),
@@ -203,6 +204,7 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("forward", [](const LoraPlan& p) { return path_name(p.forward); })
       .def_property_readonly("backward", [](const LoraPlan& p) { return path_name(p.backward); })
       .def_readonly("code_width", &LoraPlan::code_width)
+      .def_readonly("staged_shape", &LoraPlan::staged_shape)
       .def_readonly("operand_elements", &LoraPlan::operand_elements)
       .def_readonly("blocks", &LoraPlan::blocks)
       .def_readonly("shared_bytes", &LoraPlan::shared_bytes)

@@ -30,8 +30,8 @@ struct AloreShape {
   DType factor = DType::kFloat32;  // of scale, down, up and their gradients
   DType affine = DType::kFloat32;  // of the norm's weight and bias
   bool norm = true;
-  bool add_base = true;  // false: out = base @ W' alone
-  bool dropout = false;
+  bool add_base = true;   // false: out = base @ W' alone
+  bool dropout = false;   // plans depend on these two: they must say what the arguments do
   bool residual = false;  // in backward: `sum` was an output and has a gradient
 
   int64_t embed_dim() const { return num_blocks * block_dim; }
@@ -48,7 +48,8 @@ struct DeviceLimits {
 };
 
 // A tile is 16 tokens. Its row is cut into groups of 32 columns that never cross a block; `warps_per_tile`
-// warps hold `groups_per_warp` groups each in registers.
+// warps hold `groups_per_warp` groups each in registers. Pipelined, a tile may be two such row tiles beside
+// each other, and rows are in shared memory.
 struct AloreForwardPlan {
   bool fused = false;
   bool pipelined = false;   // by alore_fwd_pipelined.cu: `tiles_per_block` teams, each with tiles of its own

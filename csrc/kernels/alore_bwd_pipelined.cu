@@ -417,39 +417,39 @@ template <typename T, int kIndex, bool kNorm>  // of kPipelinedBackward
 __global__ void __launch_bounds__(PipelinedSizes(kPipelinedBackward[kIndex]).threads, 1)
     alore_backward_pipelined_kernel(const __grid_constant__ PipelinedParams<T> p) {
   extern __shared__ __align__(128) unsigned char shared[];
-  PipelinedBackward<T, kPipelinedBackward[kIndex], kNorm>(p, shared).run();
-}
-
-template <typename T, bool kNorm, int kIndex = 0>
-void launch(const CudaContext& context, const AloreShape& s, const AloreBackwardPlan& plan,
-            const PipelinedParams<T>& params) {
-  constexpr PipelinedShape kShape = kPipelinedBackward[kIndex];
-  if (s.embed_dim() != kShape.groups * kGroupColumns) {
-    if constexpr (kIndex + 1 < std::size(kPipelinedBackward))
-      return launch<T, kNorm, kIndex + 1>(context, s, plan, params);
-    throw std::runtime_error("alore_backward: no pipelined kernel for this width");
-  }
-  const auto kernel = alore_backward_pipelined_kernel<T, kIndex, kNorm>;
-  static SharedMemoryGrants grants;
-  grants.allow(reinterpret_cast<const void*>(kernel), plan.shared_bytes, "alore_backward");
-  kernel<<<plan.blocks, 32 * plan.warps, plan.shared_bytes, context.stream>>>(params);
-  check_launch("alore_backward");
+  // Not compiled where no block may have that much shared memory: no plan chooses it there.
+  if constexpr (PipelinedBackwardLayout(kPipelinedBackward[kIndex], kNorm).bytes <= kMostSharedBytes)
+    PipelinedBackward<T, kPipelinedBackward[kIndex], kNorm>(p, shared).run();
 }
 
 template <typename T, bool kNorm>
 void launch(const CudaContext& context, const AloreShape& s, const AloreBackwardPlan& plan,
             const AloreBackwardArgs& a) {
-  launch<T, kNorm>(context, s, plan,
-                   PipelinedParams<T>{s.num_tokens, factors_of(s, a.adapter), s.add_base,
-                                      static_cast<const T*>(a.grad_out), static_cast<const T*>(a.sum),
-                                      AffineSource{a.norm.weight, a.norm.bias, s.affine}, a.mean, a.rstd,
-                                      static_cast<T*>(a.grad_x), static_cast<float*>(a.workspace)});
+  const PipelinedParams<T> params{s.num_tokens,
+                                  factors_of(s, a.adapter),
+                                  s.add_base,
+                                  static_cast<const T*>(a.grad_out),
+                                  static_cast<const T*>(a.sum),
+                                  {a.norm.weight, a.norm.bias, s.affine},
+                                  a.mean,
+                                  a.rstd,
+                                  static_cast<T*>(a.grad_x),
+                                  static_cast<float*>(a.workspace)};
+  dispatch_width<kPipelinedBackward>(s.embed_dim(), [&](auto index) {
+    const auto kernel = alore_backward_pipelined_kernel<T, decltype(index)::value, kNorm>;
+    static SharedMemoryGrants grants;
+    grants.allow(reinterpret_cast<const void*>(kernel), plan.shared_bytes, "alore_backward");
+    kernel<<<plan.blocks, 32 * plan.warps, plan.shared_bytes, context.stream>>>(params);
+    check_launch("alore_backward");
+  });
 }
 
 }  // namespace
 
 void alore_backward_pipelined(const CudaContext& context, const AloreShape& s, const AloreBackwardPlan& plan,
                               const AloreBackwardArgs& a) {
+  if (a.dropout.p > 0 || a.grad_sum != nullptr)
+    throw std::runtime_error("alore_backward: the plan is of a call without dropout and residual");
   if (s.norm) return launch<__nv_bfloat16, true>(context, s, plan, a);
   if (s.output == DType::kBFloat16) return launch<__nv_bfloat16, false>(context, s, plan, a);
   launch<__half, false>(context, s, plan, a);

@@ -163,6 +163,7 @@ class PipelinedForward {
 
   // The exact way: two passes over this warp's columns, two lanes a row.
   __device__ static __noinline__ void centred_moments(const unsigned char* rows, float2* moments) {
+    __syncwarp();  // behind the uncentred ones, which other lanes have written
     const int lane = threadIdx.x % 32;
     const T* row = reinterpret_cast<const T*>(rows + lane % 16 * kRowBytes) + lane / 16 * (kItems * 16);
     float sum = 0.0f, squares = 0.0f;
@@ -185,7 +186,7 @@ class PipelinedForward {
       const int row = (first + thread) / kCodeTile;
       if (kL.threads > kL.mixers && row >= kL.rows) break;
       const int tile_row = row / kTileRows, t = row % kTileRows;
-      float mean = 0.0f, rstd = 1.0f;
+      float mean = 0.0f, scaling = 1.0f;  // of what is left when the mean is taken away
       if constexpr (kNorm) {
         const bool has_share = w < kL.per_row_tile;
         const float2 share =
@@ -194,10 +195,13 @@ class PipelinedForward {
         const float apart = share.x - mean;
         const float squares = code_sum16(has_share ? share.y + apart * apart * kL.columns : 0.0f);
         const float variance = squares * (1.0f / kDim) + p.eps;
-        rstd = rsqrtf(variance);
+        float rstd = rsqrtf(variance);
         rstd *= 1.5f - 0.5f * variance * rstd * rstd;  // to the last bit, which the approximation misses
+        // Of equal values nothing is left, but the differences below would leave a rounding times rstd, which
+        // eps alone bounds.
+        scaling = squares == 0.0f ? 0.0f : rstd;
         if (w == 0) {
-          at<float2>(kL.row_terms)[row] = {rstd, -mean * rstd};
+          at<float2>(kL.row_terms)[row] = {scaling, -mean * scaling};
           const int64_t token = tile * kL.rows + row;
           if (token < p.num_tokens) {
             p.mean[token] = mean;
@@ -218,7 +222,7 @@ class PipelinedForward {
         const Four column_bias = shared4(image<float>(kI.down_bias) + w * kBlocks);
 #pragma unroll
         for (int a = 0; a < kBlocks; ++a)
-          z.v[a] = rstd * (z.v[a] - mean * column_sum.v[a]) + column_bias.v[a];
+          z.v[a] = scaling * (z.v[a] - mean * column_sum.v[a]) + column_bias.v[a];
       }
 #pragma unroll
       for (int a = 0; a < kBlocks; ++a) {
@@ -291,24 +295,23 @@ __global__ void __launch_bounds__(
     PipelinedSizes(kPipelinedForward[kIndex]).threads* kPipelinedForward[kIndex].teams, 1)
     alore_forward_pipelined_kernel(const __grid_constant__ PipelinedParams<T> p) {
   extern __shared__ __align__(128) unsigned char shared[];
-  PipelinedForward<T, kPipelinedForward[kIndex], kNorm>(p, shared).run();
+  // Not compiled where no block may have that much shared memory: no plan chooses it there.
+  if constexpr (PipelinedForwardLayout(kPipelinedForward[kIndex], kNorm).bytes <= kMostSharedBytes)
+    PipelinedForward<T, kPipelinedForward[kIndex], kNorm>(p, shared).run();
 }
 
-template <typename T, bool kNorm, int kIndex = 0>
+template <typename T, bool kNorm>
 void launch(const CudaContext& context, const AloreShape& s, const AloreForwardPlan& plan,
             const PipelinedParams<T>& params) {
-  constexpr PipelinedShape kShape = kPipelinedForward[kIndex];
-  if (s.embed_dim() != kShape.groups * kGroupColumns) {
-    if constexpr (kIndex + 1 < std::size(kPipelinedForward))
-      return launch<T, kNorm, kIndex + 1>(context, s, plan, params);
-    throw std::runtime_error("alore_forward: no pipelined kernel for this width");
-  }
-  const auto kernel = alore_forward_pipelined_kernel<T, kIndex, kNorm>;
-  static SharedMemoryGrants grants;
-  grants.allow(reinterpret_cast<const void*>(kernel), plan.shared_bytes, "alore_forward");
-  kernel<<<plan.blocks, PipelinedSizes(kShape).threads * kShape.teams, plan.shared_bytes, context.stream>>>(
-      params);
-  check_launch("alore_forward");
+  dispatch_width<kPipelinedForward>(s.embed_dim(), [&](auto index) {
+    constexpr PipelinedShape kShape = kPipelinedForward[decltype(index)::value];
+    const auto kernel = alore_forward_pipelined_kernel<T, decltype(index)::value, kNorm>;
+    static SharedMemoryGrants grants;
+    grants.allow(reinterpret_cast<const void*>(kernel), plan.shared_bytes, "alore_forward");
+    constexpr int kThreads = PipelinedSizes(kShape).threads * kShape.teams;
+    kernel<<<plan.blocks, kThreads, plan.shared_bytes, context.stream>>>(params);
+    check_launch("alore_forward");
+  });
 }
 
 template <typename T>
@@ -330,6 +333,8 @@ void launch(const CudaContext& context, const AloreShape& s, const AloreForwardP
 
 void alore_forward_pipelined(const CudaContext& context, const AloreShape& s, const AloreForwardPlan& plan,
                              const AloreForwardArgs& a) {
+  if (a.dropout.p > 0 || a.residual != nullptr)
+    throw std::runtime_error("alore_forward: the plan is of a call without dropout and residual");
   s.output == DType::kBFloat16 ? launch<__nv_bfloat16>(context, s, plan, a)
                                : launch<__half>(context, s, plan, a);
 }

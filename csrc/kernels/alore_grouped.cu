@@ -320,8 +320,9 @@ void alore_grouped_forward(const CudaContext& context, int64_t num_samples,
     using In = typename decltype(in_tag)::type;
     using Out = typename decltype(out_tag)::type;
     const auto kernel = alore_grouped_kernel<In, Out>;
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes),
-          "alore_grouped_forward");
+    static SharedMemoryGrants grants;
+    grants.allow(reinterpret_cast<const void*>(kernel), static_cast<int>(plan.shared_bytes),
+                 "alore_grouped_forward");
     GroupedParams<In, Out> p{layout,
                              s.num_tokens / num_samples,
                              plan.blocks_per_sample,

@@ -6,6 +6,9 @@
 // rounded to 16 bits, base is not; sum(D) adds the same rounded values, so that a large mean costs nothing.
 #pragma once
 
+#include <iterator>
+#include <utility>
+
 #include "kernels/alore_pipelined_layout.h"
 #include "kernels/alore_tile.cuh"
 
@@ -28,6 +31,17 @@ __device__ __forceinline__ void store_code(float* code, const float (&z)[2][4], 
     *reinterpret_cast<float2*>(to) = {z[n][0], z[n][1]};
     *reinterpret_cast<float2*>(to + 8 * kCodeTile) = {z[n][2], z[n][3]};
   }
+}
+
+// Calls f(std::integral_constant<int, i>) with the entry of the table that has this width.
+template <const auto& kShapes, typename F>
+void dispatch_width(int64_t embed_dim, F&& f) {
+  const bool found = [&]<size_t... i>(std::index_sequence<i...>) {
+    return ((kShapes[i].groups * kGroupColumns == embed_dim && (f(std::integral_constant<int, i>{}), true)) ||
+            ...);
+  }(std::make_index_sequence<std::size(kShapes)>{});
+  if (!found)
+    throw std::runtime_error("no pipelined ALoRE kernel for embed_dim " + std::to_string(embed_dim));
 }
 
 struct Four {

@@ -48,8 +48,8 @@ bool choose_groups(const AloreShape& s, const AdapterDims& d, AloreForwardPlan& 
 // The shape among `shapes` that the pipelined kernels take s in, or null.
 template <size_t kCount>
 const PipelinedShape* pipelined_shape(const AloreShape& s, const PipelinedShape (&shapes)[kCount]) {
-  if (s.num_blocks != kPipelinedBlocks || s.width() > kCodeTile || s.input != s.output || s.dropout ||
-      s.residual || (s.norm && !s.add_base))
+  if (s.num_tokens == 0 || s.num_blocks != kPipelinedBlocks || s.width() > kCodeTile || s.input != s.output ||
+      s.dropout || s.residual || (s.norm && !s.add_base))
     return nullptr;
   const auto* found = std::ranges::find(shapes, s.embed_dim(), [](const PipelinedShape& shape) {
     return static_cast<int64_t>(shape.groups) * kGroupColumns;

@@ -47,6 +47,15 @@ class SharedMemoryGrants {
   std::array<std::atomic<int>, 16> granted_{};  // by device; further ones ask every time
 };
 
+// The most shared memory that a block may have where this is compiled for.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+inline constexpr int kMostSharedBytes = 227 * 1024;
+#elif __CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 870
+inline constexpr int kMostSharedBytes = 163 * 1024;
+#else
+inline constexpr int kMostSharedBytes = 99 * 1024;
+#endif
+
 template <typename T>
 using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 

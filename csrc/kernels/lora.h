@@ -31,7 +31,8 @@ enum class LoraPath {
   kFold,      // round(W + B diag(c) A) in one kernel, then the base product alone, forward and for dx
   kExtended,  // forward: the rank term inside the base product, [x | t] [W | Bc]^T; one kernel writes [x | t]
   kFused,     // y0 = b + t (Bc)^T in one streaming kernel, onto which the base product accumulates
-  kStaged,    // backward: as kFused, sums and factors in registers; widths in whole chunks, R <= 8
+  kStaged,    // backward: as kFused, sums and factors in registers; R <= 8, in_features up to 768 and
+              // out_features up to 2304 in multiples of 32, where two tiles fit shared memory
   kFusedHalf,  // backward: the same kernel twice, over grad_out and over x, where both do not fit at once
   kGemm,       // the side path by matrix products; every shape and dtype
 };

@@ -23,32 +23,28 @@ struct StagedArgs {
   unsigned* counter;              // set to 0 for the kernel behind this one
 };
 
-// One kind of row on its way into a stage: thread by thread the same 16-byte piece of every kStep-th row, or
-// of every row several pieces.
+// One kind of row on its way into a stage: a thread copies the same 16-byte piece of every step-th row.
 template <typename T, int kRows>
 __device__ __forceinline__ void stage_rows(unsigned char* to, int stride, const T* from, int features,
                                            int64_t first, int64_t num_tokens) {
-  const int pieces = features / 8, threads = kStagedWarps * 32;
-  const int step = max(1, threads / pieces),
-            row0 = threadIdx.x / pieces;  // rows that the threads take at a time
-  if (pieces <= threads && row0 >= step) return;
+  constexpr int kThreads = kStagedWarps * 32;
+  const int pieces = features / 8, step = kThreads / pieces;  // at most one row of kThreads pieces
+  const int row0 = threadIdx.x / pieces, piece = threadIdx.x - row0 * pieces;
+  if (row0 >= step) return;
   const int live_rows = static_cast<int>(min(num_tokens - first, static_cast<int64_t>(kRows)));
-#pragma unroll 1
-  for (int piece = pieces <= threads ? threadIdx.x - row0 * pieces : threadIdx.x; piece < pieces;
-       piece += threads) {
 #pragma unroll 4
-    for (int row = pieces <= threads ? row0 : 0; row < kRows; row += step) {
-      const bool live = row < live_rows;
-      copy_async_16(to + row * stride + piece * 16, from + (live ? (first + row) * features + piece * 8 : 0),
-                    live);
-    }
-    if (pieces <= threads) break;
+  for (int row = row0; row < kRows; row += step) {
+    const bool live = row < live_rows;
+    copy_async_16(to + row * stride + piece * 16, from + (live ? (first + row) * features + piece * 8 : 0),
+                  live);
   }
 }
 
 template <typename T, int kY, int kX, int kRowTiles>
 __global__ void __launch_bounds__(kStagedWarps * 32, 1)
     lora_backward_staged_kernel(const __grid_constant__ StagedArgs<T> args, PackedFactors<1> factors) {
+  static_assert((kY > kX ? kY : kX) * kChunk / 8 <= 32,
+                "a row must not have more pieces than the block has threads");
   extern __shared__ __align__(128) unsigned char shared_bytes[];
   constexpr int kRows = kRowTiles * static_cast<int>(kTileTokens);
   const StagedLayout layout(args.in_features, args.out_features, kRowTiles);
@@ -150,7 +146,8 @@ __global__ void __launch_bounds__(kStagedWarps * 32, 1)
           mma<T>(acc_x[k][half], m[0], m[1], m[2], m[3], low_turned, high_turned);
         }
         if (args.dx == nullptr) continue;
-        // d(x) takes x's place, so that it leaves in pieces of 16 bytes.
+        // d(x) takes x's place, so that it leaves in pieces of 16 bytes: once the whole warp has read that.
+        __syncwarp();
 #pragma unroll
         for (int t = 0; t < 4; ++t) {
           float out[4] = {};

@@ -1,4 +1,5 @@
-// Adds up the partial sums that lora_bwd.cu leaves, and writes the gradients of the factors and coefficients.
+// Adds up the partial sums that lora_bwd.cu or lora_bwd_staged.cu leaves, and writes the gradients of the
+// factors and coefficients.
 #include "kernels/lora_mma.cuh"
 
 namespace alore::kernels {

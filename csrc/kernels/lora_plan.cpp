@@ -69,6 +69,7 @@ std::string LoraPlan::to_string() const {
   if (blocks) {
     out << ", blocks=" << blocks << ", shared_bytes=" << shared_bytes
         << ", workspace_bytes=" << workspace_bytes;
+    if (backward == LoraPath::kStaged) out << ", staged_shape=" << staged_shape;
   }
   out << ")";
   return out.str();

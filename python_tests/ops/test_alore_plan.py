@@ -230,6 +230,12 @@ def test_a_backward_plan_prints_what_it_holds():
     assert f"workspace_bytes={p.workspace_bytes}" in repr(p)
 
 
+def test_launches_overlap_from_9_0_on():
+    """The attribute that lets the second launch begin early is refused by older devices."""
+    assert plan(H200, True).overlaps_launches and "overlaps_launches=true" in repr(plan(H200, True))
+    assert not plan(A100, True).overlaps_launches and not plan(RTX, True).overlaps_launches
+
+
 def test_the_same_limits_whatever_the_device_of_x():
     """Limits given by hand win over x's device, and only sizes and dtypes are read."""
     x, scale, down, up = tensors(tokens=19)

@@ -308,6 +308,20 @@ class TestStatistics:
         for name in NAMES[1:]:
             assert_within_budget(grads[name], oracle_grads[name], eager_grads[name], f"gradient of {name}")
 
+    @pytest.mark.parametrize("embed_dim", [128, 256, 384, 512, 768, 1024])
+    @pytest.mark.parametrize("value", [2.5, 100.5])
+    def test_constant_rows_under_a_tiny_eps(self, value, embed_dim, device):
+        """transformers' ViT has eps 1e-12: the reciprocal deviation of such a row is 1e6, of nothing but the bias."""
+        args = make("layer_norm_alore", 4, embed_dim, 4, 67, (torch.bfloat16, torch.float32), device)
+        args["eps"] = 1e-12
+        args["x"][10:20] = value
+        y, _ = run(ops, "layer_norm_alore", args)
+        oracle, _ = run(reference, "layer_norm_alore", to_double(args))
+        expected = reference.alore(args["bias"].double(), *(args[name].double() for name in NAMES[1:]))
+        assert (oracle[10:20] - expected).abs().max() < 1e-6
+        assert ((y[10:20].double() - expected).abs() <= 2**-7 * expected.abs().max()).all()
+        assert_within_budget(y[20:], oracle[20:], run(EAGER, "layer_norm_alore", args)[0][20:], "output")
+
 
 @pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
 @pytest.mark.parametrize("dims", [(4, 96), (4, 256), (8, 128)], ids=lambda dims: f"E{dims[0]}-d{dims[1]}")
