@@ -23,6 +23,7 @@ from ._example_images import example_images
 from ._extension import build_info
 from ._files import write_atomic
 from ._untouched import full_float32, left_as_it_was, same_bits
+from .patching.dataflow import TRACING
 from .patching.state import get_state
 from .verification import VerificationError
 
@@ -234,7 +235,8 @@ def _trace(network: nn.Module, images: Tensor, dynamic_batch: bool, path: Path) 
     """The graph, of plain operators alone."""
     shapes = ({0: torch.export.Dim("batch")},) if dynamic_batch else None
     try:
-        program = torch.export.export(network, (images,), dynamic_shapes=shapes)
+        with TRACING:  # it traces by torch.fx, which is one at a time in a process
+            program = torch.export.export(network, (images,), dynamic_shapes=shapes)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # torch has many, without a common base

@@ -14,7 +14,7 @@ from torch import nn
 from torch.fx import _symbolic_trace
 
 import alore_ext as ae
-from alore_ext.patching.dataflow import BlockFlow, DataflowError
+from alore_ext.patching.dataflow import TRACING, BlockFlow, DataflowError
 
 CONFIGS = (ae.AloreConfig(), ae.MlaeConfig())
 
@@ -184,3 +184,18 @@ def test_a_compiled_function_within_a_block_is_refused(flag_of_process):
     block = nn.Sequential(nn.Linear(4, 4), torch.compile(nn.Sequential(nn.Linear(4, 4)), backend="eager"))
     with pytest.raises(DataflowError, match="symbolically trace a dynamo-optimized function"):
         BlockFlow(block)
+
+
+def test_an_export_takes_its_turn(monkeypatch, tmp_path):
+    """torch.export traces by fx inside."""
+    real, owned = torch.export.export, []
+
+    def export(*args, **options):
+        thread = threading.Thread(target=lambda: owned.append(TRACING.acquire(blocking=False)))
+        thread.start()
+        thread.join()
+        return real(*args, **options)
+
+    monkeypatch.setattr(torch.export, "export", export)
+    ae.export(build("vit").eval(), tmp_path / "a.pt2", check=False)
+    assert owned == [False]
