@@ -217,7 +217,7 @@ std::string AloreBackwardPlan::to_string() const {
         << ", blocks=" << blocks << ", warps=" << warps << ", row_tiles=" << row_tiles
         << ", stages=" << stages << ", key_splits=" << key_splits << ", items_per_warp=" << items_per_warp
         << ", parts=" << parts << ", shared_bytes=" << shared_bytes << ", workspace_bytes=" << workspace_bytes
-        << ")";
+        << ", overlaps_launches=" << (overlaps_launches ? "true" : "false") << ")";
   }
   return out.str();
 }
