@@ -29,7 +29,8 @@ struct PipelinedParams {
   float* partial;  // [blocks, scale | down | up]
 };
 
-__device__ __forceinline__ uint32_t product2(uint32_t a, uint32_t b) {  // two bf16 products, rounded
+[[maybe_unused]] __device__ __forceinline__ uint32_t product2(uint32_t a,
+                                                              uint32_t b) {  // two bf16 products, rounded
   const __nv_bfloat162 v =
       __hmul2(*reinterpret_cast<const __nv_bfloat162*>(&a), *reinterpret_cast<const __nv_bfloat162*>(&b));
   return *reinterpret_cast<const uint32_t*>(&v);
