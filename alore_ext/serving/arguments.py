@@ -10,11 +10,6 @@ from torch import Tensor, nn
 from alore_ext._example_images import example_images
 
 
-def image_channels(model: nn.Module) -> int:
-    """How many channels the model's images have: those of its first convolution."""
-    return next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), 3)
-
-
 def check_images(images: Tensor, channels: int, caller: str, argument: str = "images") -> None:
     """Raises TypeError, or ValueError where they are no [batch, channels, height, width]; the batch may be empty."""
     if not isinstance(images, Tensor) or not images.is_floating_point():
@@ -32,10 +27,7 @@ def example_for_capture(model: nn.Module, given: Tensor | None, channels: int) -
     caller, argument = "AdapterPool.capture", "example_image"
     if given is not None:
         check_images(given, channels, caller, argument)
-    try:
-        return example_images(model, given, caller)
-    except ValueError as error:  # it names the argument of `export`
-        raise ValueError(str(error).replace("example_input", argument)) from None
+    return example_images(model, given, caller, argument)
 
 
 @contextlib.contextmanager

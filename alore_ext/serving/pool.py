@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from alore_ext._example_images import image_channels
 from alore_ext.config import Config
 from alore_ext.patching.apply import check_unpatched
 from alore_ext.patching.registry import find_structure
@@ -20,7 +21,6 @@ from .arguments import (
     as_names,
     check_images,
     example_for_capture,
-    image_channels,
     sizes_refused_by_name,
 )
 from .clones import logits_of

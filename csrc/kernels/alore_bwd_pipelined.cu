@@ -7,7 +7,7 @@
 //   D^T
 // R is rounded to 16 bits, and the sums that the mean takes away are of the same rounded values. The means
 // over a row need no d(base): their adapter's part is a sum over the code, of R * sum(D) and R * (Z - bias @
-// down).
+// down). Their other part takes weight * grad_out in 16 bits, whose roundings average out over a row.
 //
 // Three tiles are in shared memory: one whose results are written (`outputs`), the next, whose codes are made
 // in the same phase (`codes`), and one on its way. A barrier, mixing over blocks, a barrier.
@@ -81,6 +81,7 @@ class PipelinedBackward {
     int now = kL.stages, next = now + kL.stage_bytes, last = next + kL.stage_bytes;
     load(tile, count, now);
     load(tile + step, count, next);
+    static_assert(FactorImages::scratch_bytes(kDim) <= kL.stage_bytes);
     make_images<T, kDim, kL.threads, kNorm>(shared, at<float>(last), p.factors, p.affine,
                                             [&](int i, float v, bool is_bias) {
                                               if (!is_bias) at<T>(kL.weight16)[by_lane(i)] = convert<T>(v);

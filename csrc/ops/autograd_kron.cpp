@@ -74,7 +74,6 @@ class LayerNormAlore : public torch::autograd::Function<LayerNormAlore> {
     ctx->saved_data["y_dtype"] = static_cast<int64_t>(y.scalar_type());
     ctx->set_materialize_grads(false);  // else zeros for mean, rstd and an unused sum, in every backward
     ctx->mark_non_differentiable({mean, rstd});
-    ctx->set_materialize_grads(false);  // else the engine fills two tensors with zeros a call
     if (!residual.has_value()) return {y, mean, rstd};
     return {y, sum, mean, rstd};
   }

@@ -1,8 +1,37 @@
-"""A running application over the fake pool."""
+"""A running application over the fake pool, and a real pool over a tiny ViT with an adapter of each method."""
 
 import contextlib
+import copy
 
 import pytest
+
+# The zoo is imported where it is used: it needs timm, which the tests of batching and bodies do without.
+
+
+@pytest.fixture
+def base(device):
+    from zoo import ZOO
+
+    return ZOO["vit"].build(device)
+
+
+@pytest.fixture
+def files(base, tmp_path):
+    from pools import CONFIGS, adapter_file
+    from zoo import ZOO
+
+    configs = {name: make(ZOO["vit"]) for name, make in CONFIGS.items()}
+    return {name: adapter_file(base, config, tmp_path / f"{name}.safetensors") for name, config in configs.items()}
+
+
+@pytest.fixture
+def pool(base, files):
+    from alore_ext.serving import AdapterPool
+
+    made = AdapterPool(copy.deepcopy(base))
+    for name, path in files.items():
+        made.add(name, path)
+    return made
 
 
 @pytest.fixture

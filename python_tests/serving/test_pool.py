@@ -16,24 +16,6 @@ from alore_ext.serving import AdapterPool, MergeError
 ROW = ZOO["vit"]
 
 
-@pytest.fixture
-def base(device):
-    return ROW.build(device)
-
-
-@pytest.fixture
-def files(base, tmp_path):
-    return {name: adapter_file(base, make(ROW), tmp_path / f"{name}.safetensors") for name, make in CONFIGS.items()}
-
-
-@pytest.fixture
-def pool(base, files):
-    made = AdapterPool(copy.deepcopy(base))
-    for name, path in files.items():
-        made.add(name, path)
-    return made
-
-
 def test_names_and_membership(pool):
     assert pool.names == list(CONFIGS) and len(pool) == len(CONFIGS) and "lora" in pool and "x" not in pool
     pool.remove("lora")

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from backbones import assert_unchanged, relative_error, snapshot
-from pools import CONFIGS, adapter_file, own_model
+from pools import adapter_file, own_model
 from zoo import ZOO
 
 import alore_ext as ae
@@ -18,25 +18,9 @@ from alore_ext.serving import AdapterPool
 from alore_ext.serving.graphs import ForwardGraphs
 
 ROW = ZOO["vit"]
-cuda_only = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
-
-@pytest.fixture
-def base(device):
-    return ROW.build(device)
-
-
-@pytest.fixture
-def files(base, tmp_path):
-    return {name: adapter_file(base, make(ROW), tmp_path / f"{name}.safetensors") for name, make in CONFIGS.items()}
-
-
-@pytest.fixture
-def pool(base, files):
-    made = AdapterPool(copy.deepcopy(base))
-    for name, path in files.items():
-        made.add(name, path)
-    return made
+cuda_only = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a CUDA device: benchmarks/device_check.sh runs it on one"
+)
 
 
 @pytest.fixture
@@ -171,7 +155,7 @@ class _Done:
         self.entries = dict(self.pool._entries)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there test_tensors_are_not_reused_while_another_stream_reads")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU test_tensors_are_not_reused_while_another_stream_reads")
 def test_what_is_dropped_waits_for_the_device(pool, files):
     """Another stream may still read it; the allocator knows only of the stream that it was made on."""
     for change in (lambda: pool.add("alore", files["mlae"], replace=True), lambda: pool.remove("alore")):
@@ -330,7 +314,9 @@ def test_pools_in_two_threads_capture_at_once(base, files, wide, device):
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.skipif(
+    torch.cuda.device_count() < 2, reason="needs two CUDA devices: benchmarks/device_check.sh runs it on two"
+)
 def test_pools_on_two_devices(base, files, wide):
     """Whichever captured first, the other's graphs are not empty; at the same time too."""
     paths = {"alore": files["alore"], "mlae": files["mlae"], "wide": wide}

@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 from backbones import relative_error
-from pools import CONFIGS, adapter_file, own_model
+from pools import adapter_file, own_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -23,14 +23,8 @@ ROW = ZOO["vit"]
 
 
 @pytest.fixture
-def base(device):
-    return ROW.build(device)
-
-
-@pytest.fixture
-def files(base, tmp_path):
-    made = {name: adapter_file(base, make(ROW), tmp_path / f"{name}.safetensors") for name, make in CONFIGS.items()}
-    return made | {"seven": adapter_file(base, ae.AloreConfig(), tmp_path / "seven.safetensors", classes=7)}
+def files(files, base, tmp_path):
+    return files | {"seven": adapter_file(base, ae.AloreConfig(), tmp_path / "seven.safetensors", classes=7)}
 
 
 @torch.no_grad()
