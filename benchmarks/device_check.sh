@@ -41,21 +41,27 @@ for stage in "$@"; do
       # memory is filled again.
       run "memcheck, quick suite" memcheck_quick.log \
         compute-sanitizer --tool memcheck --error-exitcode 3 build/harness/alore_bench --suite quick --dtype bf16 --check-only
-      {
-        failed=0
-        for case in "128 40000" "256 40000" "384 26000" "512 20000" "768 13000" "1024 8500"; do
-          for op in layer_norm_alore alore "masked_lora_linear --experts 1 --rank 8"; do
-            for pass in "" --backward; do
-              # shellcheck disable=SC2086
-              compute-sanitizer --tool racecheck --error-exitcode 3 build/harness/alore_bench --op $op $pass --dim ${case% *} \
-                --tokens ${case#* } --dtype bf16 --check-only || failed=$((failed + 1))
-            done
+      rm -rf "$OUT/racecheck" && mkdir -p "$OUT/racecheck"
+      for op in "layer_norm_alore" "alore" "masked_lora_linear --experts 1 --rank 8"; do
+        for pass in "" --backward; do
+          for case in "128 40000" "256 40000" "384 26000" "512 20000" "768 13000" "1024 8500"; do
+            echo "--op $op $pass --dim ${case% *} --tokens ${case#* } --dtype bf16 --check-only"
           done
         done
-        echo "$failed of 36 cases failed"
-      } > "$OUT/racecheck_rounds.log" 2>&1
-      summary+=("$(printf '%-28s %s; hazards: %s' "racecheck, many rounds" "$(tail -n 1 "$OUT/racecheck_rounds.log")" \
-        "$(grep -c 'hazard detected' "$OUT/racecheck_rounds.log")")") ;;
+      done > "$OUT/racecheck/cases"
+      # Eight at a time: most of racecheck's work is the host's.
+      nl -w2 -s' ' "$OUT/racecheck/cases" | xargs -P 8 -L 1 bash -c 'n=$0; timeout 500 compute-sanitizer --tool racecheck \
+        --error-exitcode 3 build/harness/alore_bench "$@" > "'"$OUT"'/racecheck/$n.log" 2>&1; echo "rc $? $n $*"' > "$OUT/racecheck/ended"
+      {
+        sort -n -k3 "$OUT/racecheck/ended"
+        cat "$OUT"/racecheck/[0-9]*.log
+        echo "$(grep -c '^rc [03] ' "$OUT/racecheck/ended") of $(wc -l < "$OUT/racecheck/cases") cases ran to the end"
+      } > "$OUT/racecheck_rounds.log"
+      rm -rf "$OUT/racecheck"
+      # cuBLAS's own kernels (nvjet) race by racecheck's lights: their copies are ordered by barriers that it does not follow.
+      summary+=("$(printf '%-28s %s; races in this library: %s, in cuBLAS: %s' "racecheck, many rounds" \
+        "$(tail -n 1 "$OUT/racecheck_rounds.log")" "$(grep 'Race reported' "$OUT/racecheck_rounds.log" | grep -vc nvjet)" \
+        "$(grep 'Race reported' "$OUT/racecheck_rounds.log" | grep -c nvjet)")") ;;
     harness)
       cmake -S . -B build/harness -DCMAKE_CUDA_ARCHITECTURES=90a -DALORE_CUDA_WHEEL="$(python3 -c 'import nvidia.cu13 as m; print(list(m.__path__)[0])' 2> /dev/null)" > "$OUT/cmake.log" 2>&1 &&
         cmake --build build/harness -j "$(nproc)" >> "$OUT/cmake.log" 2>&1
