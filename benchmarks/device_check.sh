@@ -58,9 +58,14 @@ for stage in "$@"; do
         echo "$(grep -c '^rc [03] ' "$OUT/racecheck/ended") of $(wc -l < "$OUT/racecheck/cases") cases ran to the end"
       } > "$OUT/racecheck_rounds.log"
       rm -rf "$OUT/racecheck"
+      PYTHONPATH=. PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool racecheck --error-exitcode 3 \
+        python3 benchmarks/exercise_ops.py --only layer_norm_mlae_linear >> "$OUT/racecheck_rounds.log" 2>&1
+      summary+=("$(printf '%-28s %s' "racecheck, norm and linear" "$(grep 'calls of' "$OUT/racecheck_rounds.log")")")
+      run "memcheck, norm and linear" memcheck_norm.log env PYTHONPATH=. PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+        compute-sanitizer --tool memcheck --error-exitcode 3 python3 benchmarks/exercise_ops.py --only layer_norm_mlae_linear
       # cuBLAS's own kernels (nvjet) race by racecheck's lights: their copies are ordered by barriers that it does not follow.
       summary+=("$(printf '%-28s %s; races in this library: %s, in cuBLAS: %s' "racecheck, many rounds" \
-        "$(tail -n 1 "$OUT/racecheck_rounds.log")" "$(grep 'Race reported' "$OUT/racecheck_rounds.log" | grep -vc nvjet)" \
+        "$(grep "ran to the end" "$OUT/racecheck_rounds.log")" "$(grep 'Race reported' "$OUT/racecheck_rounds.log" | grep -vc nvjet)" \
         "$(grep 'Race reported' "$OUT/racecheck_rounds.log" | grep -c nvjet)")") ;;
     harness)
       cmake -S . -B build/harness -DCMAKE_CUDA_ARCHITECTURES=90a -DALORE_CUDA_WHEEL="$(python3 -c 'import nvidia.cu13 as m; print(list(m.__path__)[0])' 2> /dev/null)" > "$OUT/cmake.log" 2>&1 &&

@@ -36,8 +36,9 @@ def leaf(generator, dtype, *shape, spread=1.0):
 
 
 def cases(generator, tokens, n, p, r, dtype, factor):
-    # 96 features by 40 and up to 16 ranks suit the low-rank linears' fused kernels; 11 outputs do not.
-    d, out, ranks = n * p, 40 if n == 4 else 11, 2 * r
+    # 96 features by 64 and up to 16 ranks suit the low-rank linears' fused kernels, 128 and more those of a norm
+    # before one; 11 outputs do not.
+    d, out, ranks = n * p, 64 if n == 4 else 11, 2 * r
     x = leaf(generator, dtype, tokens, d)
     kron = (
         leaf(generator, factor, n, n, n, spread=n**-0.5),
@@ -63,6 +64,7 @@ def cases(generator, tokens, n, p, r, dtype, factor):
     yield "layer_norm_alore", (x, *affine, 1e-6, *kron), {"residual": x.detach().clone().requires_grad_()}
     yield "masked_lora_linear", (x, *lora), {}
     yield "mlae_linear", (x, *lora[:4], coeff[:2]), {"mask_p": 0.5}
+    yield "layer_norm_mlae_linear", (x, *affine, 1e-6, *lora[:4], coeff[:2]), {"mask_p": 0.5}
     if dtype in (torch.bfloat16, torch.float16):  # folds
         yield "mlae_linear", (x, lora[0].detach().float().requires_grad_(), *lora[1:4], coeff[:2]), {"mask_p": 0.5}
 
@@ -164,11 +166,32 @@ def wrong_shifts(generator, shape, dtype, tolerance) -> int:
     return wrong
 
 
+def exercise_one(op: str) -> int:
+    """Tokens for three rounds and more of every block, in which each stage of shared memory is filled again."""
+    device = torch.device("cuda")
+    generator = torch.Generator(device).manual_seed(0)
+    calls = 0
+    for (n, p, r), (dtype, factor, _) in itertools.product(FACTORS, DTYPES[2:3]):
+        if n * p % 128 or n != 4:
+            continue
+        for name, args, options in cases(generator, 4_000_000 // (n * p), n, p, r, dtype, factor):
+            if name == op:
+                y = getattr(ops, name)(*args, **options)
+                sum(t.square().sum() for t in (y if isinstance(y, tuple) else (y,))).backward()
+                calls += 1
+    torch.cuda.synchronize()
+    print(f"{calls} calls of {op}")
+    return 0 if calls else 1
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="16-bit activations and 197 tokens: for racecheck")
-    short = parser.parse_args().short
-    dtypes, token_counts = (DTYPES[2:], TOKENS[-1:]) if short else (DTYPES, TOKENS)
+    parser.add_argument("--only", help="an operator's name: it alone, in bfloat16, over three rounds of tiles")
+    options = parser.parse_args()
+    if options.only is not None:
+        return exercise_one(options.only)
+    dtypes, token_counts = (DTYPES[2:], TOKENS[-1:]) if options.short else (DTYPES, TOKENS)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     generator = torch.Generator(device).manual_seed(0)
     calls = wrong = 0

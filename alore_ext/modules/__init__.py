@@ -9,7 +9,7 @@ from .alore import AloreInput, AloreLayerNorm, AloreLinear, AloreNorm
 from .attention import CalledWindowAttention
 from .channels import AloreChannelsNorm, AloreConv, AloreLayerNorm2d, MlaeConv
 from .lora import LoraConv, LoraLinear, LoraMultiheadAttention
-from .mlae import FusedBiasAttention, MlaeLinear
+from .mlae import FusedBiasAttention, MlaeLinear, MlaeNorm
 from .multihead import CalledMultiheadAttention, MlaeMultiheadAttention, check_multihead_attention
 from .scale_shift import (
     BitFitAdapter,
@@ -46,6 +46,7 @@ __all__ = [
     "MlaeConv",
     "MlaeLinear",
     "MlaeMultiheadAttention",
+    "MlaeNorm",
     "SsfConv",
     "SsfLinear",
     "SsfMultiheadAttention",

@@ -15,7 +15,13 @@ from .grouped import (
     plan_lora_grouped,
 )
 from .kron import alore, kron_linear, layer_norm_alore, plan_alore, plan_kron
-from .lora import masked_lora_linear, mlae_linear, plan_lora
+from .lora import (
+    layer_norm_mlae_linear,
+    masked_lora_linear,
+    mlae_linear,
+    plan_layer_norm_mlae_linear,
+    plan_lora,
+)
 from .merge import (
     merge_kron_,
     merge_kron_grouped_,
@@ -36,6 +42,7 @@ __all__ = [
     "layer_norm_alore",
     "layer_norm_alore_channels",
     "layer_norm_alore_grouped",
+    "layer_norm_mlae_linear",
     "masked_lora_linear",
     "masked_lora_linear_grouped",
     "merge_kron_",
@@ -46,6 +53,7 @@ __all__ = [
     "plan_alore",
     "merge_lora_grouped_",
     "plan_kron",
+    "plan_layer_norm_mlae_linear",
     "plan_lora",
     "plan_lora_grouped",
     "plan_merge_kron",

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from .._extension import _C
+from ._limits import device_limits
 
 _SEED_RANGE = (-(2**63), 2**63 - 1)
 
@@ -142,20 +143,8 @@ def plan_alore(
             "plan_alore: the map must be square block by block; got scale "
             f"{list(scale.shape)}, down {list(down.shape)}, up {list(up.shape)}"
         )
-    limits = (capability, num_sms, shared_per_block)
-    if None in limits:
-        device = torch.device(x.device if device is None else device)
-        if device.type != "cuda":
-            raise ValueError(
-                "plan_alore: give a CUDA device, or capability, num_sms and shared_per_block; got device "
-                f"{device} and {limits}"
-            )
-        properties = torch.cuda.get_device_properties(device)
-        limits = (
-            10 * properties.major + properties.minor,
-            properties.multi_processor_count,
-            properties.shared_memory_per_block_optin,
-        )
+    device = torch.device(x.device if device is None else device)
+    limits = device_limits("plan_alore", device, capability, num_sms, shared_per_block)
     return _C.plan_alore(
         num_tokens=x[..., 0].numel(),
         num_experts=scale.size(0),

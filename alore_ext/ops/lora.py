@@ -1,12 +1,16 @@
 """Expert-masked low-rank updates: the paper "MLAE: Masked LoRA Experts for Visual Parameter-Efficient Fine-Tuning"."""
 
+import functools
+
 import torch
 from torch import Tensor
 
 from .._extension import _C
+from ._limits import device_limits
 
 _masked_lora_linear = torch.ops.alore_ext.masked_lora_linear.default
 _mlae_linear = torch.ops.alore_ext.mlae_linear.default
+_layer_norm_mlae_linear = torch.ops.alore_ext.layer_norm_mlae_linear.default
 
 
 def masked_lora_linear(
@@ -61,6 +65,99 @@ def mlae_linear(
         RuntimeError: mask_p outside [0, 1), or a shape, dtype or device that does not fit.
     """
     return _mlae_linear(x, weight, bias, lora_a, lora_b, coeff, mask_p, training)[0]
+
+
+def layer_norm_mlae_linear(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    coeff: Tensor,
+    mask_p: float = 0.0,
+    training: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """``mlae_linear(layer_norm(x))``, and the norm's output with it.
+
+    As one operator the two read x once each way, and backward keeps x, one mean and one reciprocal standard deviation
+    a token, and the low-rank code: not the norm's output, which :func:`mlae_linear` alone would keep.
+
+    Args:
+        x: ``[..., in_features]``.
+        norm_weight, norm_bias: ``[in_features]`` or None; x's dtype or float32.
+        eps: added to the variance.
+        weight, bias, lora_a, lora_b, coeff, mask_p, training: as for :func:`mlae_linear`.
+
+    Returns:
+        ``[..., out_features]``, and ``layer_norm(x)``, both in x's dtype and both differentiable. The second may have
+        rows that lie further apart than ``in_features``.
+
+    Raises:
+        RuntimeError: as :func:`mlae_linear`; eps negative.
+    """
+    return _layer_norm_mlae_linear(
+        x, norm_weight, norm_bias, eps, weight, bias, lora_a, lora_b, coeff, mask_p, training
+    )[:2]
+
+
+def plan_layer_norm_mlae_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    *,
+    capability: int | None = None,
+    num_sms: int | None = None,
+    shared_per_block: int | None = None,
+):
+    """How a CUDA device would run :func:`layer_norm_mlae_linear` on tensors of these shapes; printable.
+
+    The fused kernels take bfloat16 x and weight, R <= 8, in_features 128, 256, 384, 512 or 768 and out_features in
+    multiples of 32 up to 2304, on compute capability 8.0 and later where 227 KiB of shared memory are there (less for
+    narrow rows). Anything else is composed of a norm and :func:`mlae_linear`.
+
+    Args:
+        x, weight, lora_a: tensors of the call's shapes and dtypes; no values are read.
+        capability, num_sms, shared_per_block: as for :func:`plan_alore`; by default those of x's device.
+
+    Returns:
+        An object with ``fused``, ``reason`` where it is False, and ``linear``, the plan of the linear's part.
+    """
+    limits = device_limits("plan_layer_norm_mlae_linear", x.device, capability, num_sms, shared_per_block)
+    return _C.plan_norm_lora(
+        num_tokens=x[..., 0].numel(),
+        in_features=weight.size(1),
+        out_features=weight.size(0),
+        rank=lora_a.size(0),
+        dtype=x.dtype,
+        weight_dtype=weight.dtype,
+        capability=limits[0],
+        num_sms=limits[1],
+        shared_per_block=limits[2],
+    )
+
+
+@functools.cache
+def fuses_norm(
+    device: torch.device, in_features: int, out_features: int, rank: int, dtype: torch.dtype, weight_dtype: torch.dtype
+) -> bool:
+    """Whether `layer_norm_mlae_linear` has a fused kernel for these: one look-up a call."""
+    if device.type != "cuda":
+        return False
+    capability, num_sms, shared_per_block = device_limits("fuses_norm", device)
+    return _C.plan_norm_lora(
+        num_tokens=1,
+        in_features=in_features,
+        out_features=out_features,
+        rank=rank,
+        dtype=dtype,
+        weight_dtype=weight_dtype,
+        capability=capability,
+        num_sms=num_sms,
+        shared_per_block=shared_per_block,
+    ).fused
 
 
 def plan_lora(

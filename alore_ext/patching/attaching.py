@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from torch import nn
 
-from alore_ext.modules import attach, detach
+from alore_ext.modules import MlaeNorm, attach, detach
 from alore_ext.modules.adapter import Adapter
 
 from .records import SHARED_SCALE, AdapterRecord
@@ -41,6 +41,16 @@ def attach_all(model: nn.Module, records: Iterable[AdapterRecord], parameters: M
             if not isinstance(module, host.adapter):  # else an adapter of its own makes it call its linears
                 on_error(lambda module=module: detach(module) if isinstance(module, Adapter) else None)
                 attach(module, host.adapter, {}, {})
+        for record in records:
+            norm = None if record.norm is None else model.get_submodule(record.norm)
+            if norm is not None and not isinstance(norm, Adapter):  # else an adapter of its own computes the norm
+                on_error(lambda norm=norm: _detach_norm(norm))
+                attach(norm, MlaeNorm, {}, {"_mlae_behind": model.get_submodule(record.module)})
+
+
+def _detach_norm(norm: nn.Module) -> None:
+    if isinstance(norm, MlaeNorm):
+        detach(norm)
 
 
 def detach_all(model: nn.Module, state: PatchState) -> dict[str, nn.Parameter]:
@@ -52,6 +62,9 @@ def detach_all(model: nn.Module, state: PatchState) -> dict[str, nn.Parameter]:
         module = model.get_submodule(host.module)
         if isinstance(module, host.adapter):
             detach(module)
+    for record in state.records:
+        if record.norm is not None:
+            _detach_norm(model.get_submodule(record.norm))
     if SHARED_SCALE in model._parameters:
         parameters[SHARED_SCALE] = model._parameters.pop(SHARED_SCALE)
     return parameters

@@ -35,6 +35,7 @@ class AdapterRecord:
         adapter: what the layer becomes.
         host: what must change around the layer for it to be called at all.
         kept: the experts that run and are merged, ascending; None where all do (see `alore_ext.retain_experts`).
+        norm: the layer norm that may compute this layer together with itself (see `modules.MlaeNorm`), or None.
     """
 
     config: int
@@ -45,6 +46,7 @@ class AdapterRecord:
     adapter: type[Adapter]
     host: Host | None
     kept: tuple[int, ...] | None = field(default=None, kw_only=True)
+    norm: str | None = field(default=None, kw_only=True)
 
     method: ClassVar[str]
     shares_scale: ClassVar[bool] = False

@@ -68,12 +68,14 @@ class MlaeSite:
         channel_axis: the axis that the map acts on: -1, or 1 for a 1x1 convolution.
         host: what must change for the linear to be called at all; None where it is called as a module.
         adapter: the class that the owning module takes; None for the usual one of its kind.
+        norm: the norm whose output is, as it is, the input of this linear and of no other; None where there is none.
     """
 
     linear: LinearMap
     channel_axis: int = -1
     host: Host | None = None
     adapter: type[Adapter] | None = None
+    norm: str | None = None
 
 
 @dataclass(frozen=True)

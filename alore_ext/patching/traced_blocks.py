@@ -12,6 +12,7 @@ Layer scale and drop path stand after all four, so they change nothing.
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 from torch import nn
 
@@ -52,7 +53,7 @@ def traced_block_sites(name: str, block: nn.Module) -> BlockSites:
         for place, table, find, arguments in (
             (before, sites.alore, reader.before, (inner, norm)),
             (after, sites.alore, reader.after, (last,)),
-            (role_in, sites.mlae, reader.inputs, (inner,)),
+            (role_in, sites.mlae, reader.inputs, (inner, norm)),
             (role_out, sites.mlae, reader.output, (last,)),
         ):
             try:
@@ -95,17 +96,21 @@ class _BlockReader:
         """The site at the linear `last`."""
         return AloreSite(self._full(last), "after", (self._map(last),), self._called_linear(last).out_features)
 
-    def inputs(self, inner: str) -> tuple[MlaeSite, ...]:
+    def inputs(self, inner: str, norm: str) -> tuple[MlaeSite, ...]:
         """The linears inside `inner` that take its input: qkv, or q, k and v; fc1, or SwiGLU's two."""
+        value = self.flow.input_of(inner)
         consumers = [
             consumer
-            for consumer in self.flow.linear_consumers(self.flow.input_of(inner))
+            for consumer in self.flow.linear_consumers(value)
             # The gate of a gated attention takes that input as well, but it is none of q, k and v.
             if consumer.linear.startswith(f"{inner}.") and consumer.linear != "attn.gate"
         ]
         if not consumers:
             raise DataflowError(f"has no linear that takes the input of its {inner}")
-        return tuple(map(self._input_site, consumers))
+        sites = tuple(map(self._input_site, consumers))
+        if len(sites) == 1 and self.flow.producer(value) == norm and self.flow.is_called_once(norm):
+            sites = (replace(sites[0], norm=self._full(norm)),)
+        return sites
 
     def output(self, last: str) -> tuple[MlaeSite, ...]:
         """The linear `last`."""

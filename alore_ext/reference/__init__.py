@@ -14,7 +14,7 @@ from .grouped import (
     masked_lora_linear_grouped,
 )
 from .kron import alore, kron_linear, kron_weight, layer_norm_alore, merge_kron_
-from .lora import masked_lora_linear, merge_lora_
+from .lora import layer_norm_mlae_linear, masked_lora_linear, merge_lora_
 
 __all__ = [
     "alore",
@@ -28,6 +28,7 @@ __all__ = [
     "layer_norm_alore",
     "layer_norm_alore_channels",
     "layer_norm_alore_grouped",
+    "layer_norm_mlae_linear",
     "masked_lora_linear",
     "masked_lora_linear_grouped",
     "merge_kron_",

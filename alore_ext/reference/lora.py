@@ -31,6 +31,25 @@ def masked_lora_linear(
     return y.to(x.dtype)
 
 
+def layer_norm_mlae_linear(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    coeff: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """masked_lora_linear(n) and n, n = layer_norm(x) over the last axis; no mask is drawn. Shapes as there."""
+    dtype = compute_dtype(x, norm_weight, norm_bias, weight, bias, lora_a, lora_b, coeff)
+    values, norm_weight, norm_bias = cast(dtype, x, norm_weight, norm_bias)
+    normalised = F.layer_norm(values, values.shape[-1:], norm_weight, norm_bias, eps)
+    y = masked_lora_linear(normalised, weight, bias, lora_a, lora_b, coeff)
+    return y.to(x.dtype), normalised.to(x.dtype)
+
+
 def merge_lora_(weight: Tensor, lora_a: Tensor, lora_b: Tensor, coeff: Tensor) -> None:
     """weight <- weight + lora_b diag(coeff) lora_a, in place. Shapes as in `masked_lora_linear`."""
     dtype = compute_dtype(weight, lora_a, lora_b, coeff)

@@ -11,6 +11,7 @@
 #include "kernels/lora.h"
 #include "kernels/lora_grouped.h"
 #include "kernels/merge_plan.h"
+#include "kernels/norm_lora.h"
 #include "kernels/plan.h"
 #include "ops/common.h"
 
@@ -121,6 +122,18 @@ alore::kernels::LoraPlan plan_lora(int64_t num_tokens, int64_t in_features, int6
                                    {num_processors, shared_bytes});
 }
 
+alore::kernels::NormLoraPlan plan_norm_lora(int64_t num_tokens, int64_t in_features, int64_t out_features,
+                                            int64_t rank, at::ScalarType dtype, at::ScalarType weight_dtype,
+                                            int capability, int num_sms, int64_t shared_per_block) {
+  const alore::kernels::NormLoraShape shape{.linear = {.num_tokens = num_tokens,
+                                                       .in_features = in_features,
+                                                       .out_features = out_features,
+                                                       .rank = rank,
+                                                       .activation = alore::ops::kernel_dtype(dtype)},
+                                            .weight = alore::ops::kernel_dtype(weight_dtype)};
+  return alore::kernels::plan_norm_lora(shape, {capability, num_sms, shared_per_block});
+}
+
 alore::kernels::LoraGroupedPlan plan_lora_grouped(int64_t num_samples, int64_t num_tokens,
                                                   int64_t in_features, int64_t out_features,
                                                   const std::vector<int64_t>& ranks, at::ScalarType dtype) {
@@ -213,6 +226,21 @@ PYBIND11_MODULE(_C, m) {
   m.def("plan_lora", &plan_lora, py::arg("num_tokens"), py::arg("in_features"), py::arg("out_features"),
         py::arg("rank"), py::arg("dtype"), py::arg("weight_dtype"), py::arg("num_processors"),
         py::arg("shared_bytes"));
+  using alore::kernels::NormLoraPlan;
+  py::class_<NormLoraPlan>(m, "NormLoraPlan")
+      .def_readonly("fused", &NormLoraPlan::fused)
+      .def_readonly("reason", &NormLoraPlan::reason)
+      .def_readonly("linear", &NormLoraPlan::linear)
+      .def_readonly("forward_blocks", &NormLoraPlan::forward_blocks)
+      .def_readonly("forward_shared_bytes", &NormLoraPlan::forward_shared_bytes)
+      .def_readonly("backward_blocks", &NormLoraPlan::backward_blocks)
+      .def_readonly("backward_shared_bytes", &NormLoraPlan::backward_shared_bytes)
+      .def_readonly("overlaps_launches", &NormLoraPlan::overlaps_launches)
+      .def_readonly("backward_partial_bytes", &NormLoraPlan::backward_partial_bytes)
+      .def("__repr__", &NormLoraPlan::to_string);
+  m.def("plan_norm_lora", &plan_norm_lora, py::kw_only(), py::arg("num_tokens"), py::arg("in_features"),
+        py::arg("out_features"), py::arg("rank"), py::arg("dtype"), py::arg("weight_dtype"),
+        py::arg("capability"), py::arg("num_sms"), py::arg("shared_per_block"));
   using alore::kernels::LoraGroupedPlan;
   py::class_<LoraGroupedPlan>(m, "LoraGroupedPlan")
       .def_readonly("fused", &LoraGroupedPlan::fused)

@@ -29,13 +29,6 @@ struct PipelinedParams {
   float* partial;  // [blocks, scale | down | up]
 };
 
-[[maybe_unused]] __device__ __forceinline__ uint32_t product2(uint32_t a,
-                                                              uint32_t b) {  // two bf16 products, rounded
-  const __nv_bfloat162 v =
-      __hmul2(*reinterpret_cast<const __nv_bfloat162*>(&a), *reinterpret_cast<const __nv_bfloat162*>(&b));
-  return *reinterpret_cast<const uint32_t*>(&v);
-}
-
 template <typename T, PipelinedShape kShape, bool kNorm>
 class PipelinedBackward {
   static constexpr PipelinedBackwardLayout kL{kShape, kNorm};
@@ -76,42 +69,20 @@ class PipelinedBackward {
 
   __device__ __forceinline__ void run() {
     const int64_t count = (p.num_tokens + kL.rows - 1) / kL.rows, step = gridDim.x;
-    int64_t tile = blockIdx.x;
-    // Stages of this tile, of the next and of the one after.
-    int now = kL.stages, next = now + kL.stage_bytes, last = next + kL.stage_bytes;
-    load(tile, count, now);
-    load(tile + step, count, next);
     static_assert(FactorImages::scratch_bytes(kDim) <= kL.stage_bytes);
-    make_images<T, kDim, kL.threads, kNorm>(shared, at<float>(last), p.factors, p.affine,
-                                            [&](int i, float v, bool is_bias) {
-                                              if (!is_bias) at<T>(kL.weight16)[by_lane(i)] = convert<T>(v);
-                                            });
-    copy_async_wait<1>();
-    __syncthreads();
-    codes(now);
-    __syncthreads();
-    mixing(now);
-    copy_async_wait<0>();
-    __syncthreads();
-#pragma unroll 1
-    for (; tile < count; tile += step) {
-      load(tile + 2 * step, count, last);
-      outputs(tile, now);
-      const bool more = tile + step < count;
-      if (more) codes(next);
-      __syncthreads();
-      if (more) mixing(next);
-      copy_async_wait<0>();
-      __syncthreads();
-      const int free = now;
-      now = next;
-      next = last;
-      last = free;
-    }
+    run_stages<kL.stage_bytes>(*this, blockIdx.x, count, step, kL.stages, [&](int scratch) {
+      make_images<T, kDim, kL.threads, kNorm>(shared, at<float>(scratch), p.factors, p.affine,
+                                              [&](int i, float v, bool is_bias) {
+                                                if (!is_bias) at<T>(kL.weight16)[by_lane(i)] = convert<T>(v);
+                                              });
+    });
     finish();
   }
 
- private:
+  // The steps of run_stages.
+
+  __device__ __forceinline__ void sync() const { __syncthreads(); }
+
   // Rows past the end arrive as zeros, gradient, mean and rstd included: they add nothing anywhere.
   __device__ __forceinline__ void load(int64_t tile, int64_t count, int stage) const {
     if (tile < count) {
@@ -173,7 +144,7 @@ class PipelinedBackward {
 
   // H and dZ of a code column of a row, a thread each; d(scale), and what the norm's gradient takes from
   // them.
-  __device__ __forceinline__ void mixing(int stage) {
+  __device__ __forceinline__ void mixing(int64_t, int stage) {
     const auto *means = at<float>(stage + kL.mean), *rstds = at<float>(stage + kL.rstd);
     const int w = threadIdx.x % kCodeTile;
 #pragma unroll
@@ -236,8 +207,8 @@ class PipelinedBackward {
           of_weight += rstd * share.x;
           of_normalised += rstd * rstd * (share.y - mean * share.x);
         }
-        of_weight = code_sum16(of_weight);
-        of_normalised = code_sum16(of_normalised);
+        of_weight = row_sum16(of_weight);
+        of_normalised = row_sum16(of_normalised);
         if (w == 0) {  // d(x) = g - slope * x - offset
           const float slope = rstd * of_normalised * (1.0f / kDim);
           at<float4>(kL.row_terms)[row] = {rstd, -slope, mean * slope - of_weight * (1.0f / kDim), 0.0f};
@@ -313,6 +284,7 @@ class PipelinedBackward {
                              p.num_tokens - first);
   }
 
+ private:
   // The block's sums, added in a fixed order; d(down) as [width, block_dim], like up.
   __device__ __forceinline__ void finish() {
     allow_next_launch();

@@ -47,9 +47,6 @@ class PipelinedForward {
   __device__ U* image(int offset) const {
     return reinterpret_cast<U*>(shared + offset);
   }
-  __device__ __forceinline__ void team_sync() const {
-    asm volatile("bar.sync %0, %1;" ::"r"(team + 1), "n"(kL.threads) : "memory");
-  }
 
  public:
   __device__ PipelinedForward(const PipelinedParams<T>& params, unsigned char* memory)
@@ -71,43 +68,24 @@ class PipelinedForward {
 
   __device__ __forceinline__ void run() {
     const int64_t count = (p.num_tokens + kL.rows - 1) / kL.rows, step = int64_t{gridDim.x} * kL.teams;
-    int64_t tile = int64_t{blockIdx.x} * kL.teams + team;
-    // Stages of this tile, of the next and of the one after.
-    int now = kL.stages, next = now + kL.stage_bytes, last = next + kL.stage_bytes;
-    load(tile, count, now);
-    load(tile + step, count, next);
+    const int64_t tile = int64_t{blockIdx.x} * kL.teams + team;
     static_assert(FactorImages::scratch_bytes(kDim) <= kL.stage_bytes);
-    auto* scratch = image<float>(kL.first_team + kL.stages + 2 * kL.stage_bytes);
-    make_images<T, kDim, kL.threads * kL.teams, kNorm>(shared, scratch, p.factors, p.affine,
-                                                       [&](int i, float v, bool is_bias) {
-                                                         if (is_bias) image<float>(kL.bias)[by_lane(i)] = v;
-                                                       });
-    if (tile >= count) return;
-    copy_async_wait<1>();
-    team_sync();
-    codes(now);
-    team_sync();
-    mixing(tile);
-    copy_async_wait<0>();
-    team_sync();
-#pragma unroll 1
-    for (; tile < count; tile += step) {
-      load(tile + 2 * step, count, last);
-      outputs(tile, now);
-      const bool more = tile + step < count;
-      if (more) codes(next);
-      team_sync();
-      if (more) mixing(tile + step);
-      copy_async_wait<0>();
-      team_sync();
-      const int free = now;
-      now = next;
-      next = last;
-      last = free;
-    }
+    run_stages<kL.stage_bytes>(*this, tile, count, step, kL.stages, [&](int) {
+      // The first team's third stage: all teams make the images together.
+      auto* scratch = image<float>(kL.first_team + kL.stages + 2 * kL.stage_bytes);
+      make_images<T, kDim, kL.threads * kL.teams, kNorm>(shared, scratch, p.factors, p.affine,
+                                                         [&](int i, float v, bool is_bias) {
+                                                           if (is_bias) image<float>(kL.bias)[by_lane(i)] = v;
+                                                         });
+    });
   }
 
- private:
+  // The steps of run_stages.
+
+  __device__ __forceinline__ void sync() const {
+    asm volatile("bar.sync %0, %1;" ::"r"(team + 1), "n"(kL.threads) : "memory");
+  }
+
   // Rows past the end arrive as zeros, and are not written.
   __device__ __forceinline__ void load(int64_t tile, int64_t count, int stage) const {
     if (tile < count) {
@@ -123,7 +101,8 @@ class PipelinedForward {
   __device__ __forceinline__ void codes(int stage) const {
     const unsigned char* rows = own + stage + row_tile * kTileRows * kRowBytes + first_group * 64;
     const uint32_t x_at = shared_address(rows) + rows_lane;
-    float z[2][4] = {}, sum[4] = {}, gram0[4] = {}, gram1[4] = {};
+    float z[2][4] = {};
+    WarpMoments<T, kL.columns, kRowBytes> moments;
 #pragma unroll
     for (int k = 0; k < kItems; ++k) {
       const int column = (first_group + k) * kGroupColumns, local = column - block * kBlockDim;
@@ -134,78 +113,31 @@ class PipelinedForward {
         load_matrices(b, down_columns + (kNorm ? column : local) * 2 + half * 32);
         mma<T>(z[0], x, b[0], b[1]);
         mma<T>(z[1], x, b[2], b[3]);
-        if constexpr (kNorm) {
-          const uint32_t ones = pack2<T>(1.0f, 1.0f);
-          mma<T>(sum, x, ones, ones);
-          mma<T>(gram0, x, x[0], x[2]);
-          mma<T>(gram1, x, x[1], x[3]);
-        }
+        if constexpr (kNorm) moments.add(x);
       }
     }
     store_code(at<float>(kL.code) + warp * kCodeSize, z, g, c);
-    if constexpr (kNorm) {
-      // Lane g / 2 of a row's four has the diagonals' entries g. The squares are not centred: where the mean
-      // outweighs the spread enough to cost precision, the warp goes over its rows again.
-      auto* moments = at<float2>(kL.row_sums) + warp * kTileRows;
-      const float mean0 = sum[0] * (1.0f / kL.columns), mean1 = sum[2] * (1.0f / kL.columns);
-      const float shift0 = sum[0] * mean0, shift1 = sum[2] * mean1;
-      const float squares0 = fmaxf((g % 2 ? gram0[1] : gram0[0]) - shift0, 0.0f);
-      const float squares1 = fmaxf((g % 2 ? gram1[3] : gram1[2]) - shift1, 0.0f);
-      const bool is_diagonal = c == g / 2;
-      if (is_diagonal) {
-        moments[g] = {mean0, squares0};
-        moments[g + 8] = {mean1, squares1};
-      }
-      const bool precise = shift0 <= kMaxShift * squares0 && shift1 <= kMaxShift * squares1;
-      if (__any_sync(0xffffffffu, is_diagonal && !precise)) centred_moments(rows, moments);
-    }
+    if constexpr (kNorm) moments.leave(rows, at<float2>(kL.row_sums) + warp * kTileRows, g, c);
   }
 
-  // The exact way: two passes over this warp's columns, two lanes a row.
-  __device__ static __noinline__ void centred_moments(const unsigned char* rows, float2* moments) {
-    __syncwarp();  // behind the uncentred ones, which other lanes have written
-    const int lane = threadIdx.x % 32;
-    const T* row = reinterpret_cast<const T*>(rows + lane % 16 * kRowBytes) + lane / 16 * (kItems * 16);
-    float sum = 0.0f, squares = 0.0f;
-    for (int j = 0; j < kItems * 16; ++j) sum += convert<float>(row[j]);
-    const float mean = (sum + __shfl_xor_sync(0xffffffffu, sum, 16)) * (1.0f / kL.columns);
-    for (int j = 0; j < kItems * 16; ++j) {
-      const float d = convert<float>(row[j]) - mean;
-      squares += d * d;
-    }
-    squares += __shfl_xor_sync(0xffffffffu, squares, 16);
-    if (lane < 16) moments[lane] = {mean, squares};
-  }
-
-  // H of a code column of a row, a thread each; the norm's statistics of the row from its warps' (Chan's
-  // update: no cancellation where the mean is large).
-  __device__ __forceinline__ void mixing(int64_t tile) const {
+  // H of a code column of a row, a thread each; the norm's statistics of the row.
+  __device__ __forceinline__ void mixing(int64_t tile, int) const {
     const int w = thread % kCodeTile;
 #pragma unroll
     for (int first = 0; first < kL.rows * kCodeTile; first += kL.threads) {
       const int row = (first + thread) / kCodeTile;
       if (kL.threads > kL.mixers && row >= kL.rows) break;
       const int tile_row = row / kTileRows, t = row % kTileRows;
-      float mean = 0.0f, scaling = 1.0f;  // of what is left when the mean is taken away
+      RowStatistics of_row{0.0f, 1.0f, 1.0f};
       if constexpr (kNorm) {
-        const bool has_share = w < kL.per_row_tile;
-        const float2 share =
-            at<float2>(kL.row_sums)[(tile_row * kL.per_row_tile + (has_share ? w : 0)) * kTileRows + t];
-        mean = code_sum16(has_share ? share.x : 0.0f) * (1.0f / kL.per_row_tile);
-        const float apart = share.x - mean;
-        const float squares = code_sum16(has_share ? share.y + apart * apart * kL.columns : 0.0f);
-        const float variance = squares * (1.0f / kDim) + p.eps;
-        float rstd = rsqrtf(variance);
-        rstd *= 1.5f - 0.5f * variance * rstd * rstd;  // to the last bit, which the approximation misses
-        // Of equal values nothing is left, but the differences below would leave a rounding times rstd, which
-        // eps alone bounds.
-        scaling = squares == 0.0f ? 0.0f : rstd;
+        of_row = row_statistics<kL.per_row_tile, kL.columns>(
+            at<float2>(kL.row_sums) + tile_row * kL.per_row_tile * kTileRows, t, w, p.eps);
         if (w == 0) {
-          at<float2>(kL.row_terms)[row] = {scaling, -mean * scaling};
+          at<float2>(kL.row_terms)[row] = {of_row.scaling, -of_row.mean * of_row.scaling};
           const int64_t token = tile * kL.rows + row;
           if (token < p.num_tokens) {
-            p.mean[token] = mean;
-            p.rstd[token] = rstd;
+            p.mean[token] = of_row.mean;
+            p.rstd[token] = of_row.rstd;
           }
         }
       }
@@ -222,7 +154,7 @@ class PipelinedForward {
         const Four column_bias = shared4(image<float>(kI.down_bias) + w * kBlocks);
 #pragma unroll
         for (int a = 0; a < kBlocks; ++a)
-          z.v[a] = scaling * (z.v[a] - mean * column_sum.v[a]) + column_bias.v[a];
+          z.v[a] = of_row.scaling * (z.v[a] - of_row.mean * column_sum.v[a]) + column_bias.v[a];
       }
 #pragma unroll
       for (int a = 0; a < kBlocks; ++a) {

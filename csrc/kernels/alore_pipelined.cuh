@@ -15,6 +15,7 @@
 
 #include "kernels/alore_pipelined_layout.h"
 #include "kernels/alore_tile.cuh"
+#include "kernels/row_moments.cuh"
 
 namespace alore::kernels {
 
@@ -48,6 +49,13 @@ void dispatch_width(int64_t embed_dim, F&& f) {
     throw std::runtime_error("no pipelined ALoRE kernel for embed_dim " + std::to_string(embed_dim));
 }
 
+// Two bf16 products, rounded.
+__device__ __forceinline__ uint32_t product2(uint32_t a, uint32_t b) {
+  const __nv_bfloat162 v =
+      __hmul2(*reinterpret_cast<const __nv_bfloat162*>(&a), *reinterpret_cast<const __nv_bfloat162*>(&b));
+  return *reinterpret_cast<const uint32_t*>(&v);
+}
+
 struct Four {
   float v[kPipelinedBlocks];
 };
@@ -55,13 +63,6 @@ struct Four {
 __device__ __forceinline__ Four shared4(const float* p) {
   const float4 q = *reinterpret_cast<const float4*>(p);
   return {{q.x, q.y, q.z, q.w}};
-}
-
-// Sums over the 16 lanes that have a row's code columns.
-__device__ __forceinline__ float code_sum16(float v) {
-#pragma unroll
-  for (int offset = 8; offset > 0; offset /= 2) v += __shfl_xor_sync(0xffffffffu, v, offset);
-  return v;
 }
 
 // Values of a vector on their way from global memory: loaded together, used later.
@@ -247,6 +248,42 @@ __device__ __forceinline__ void copy_rows_async(unsigned char* to, int apart, in
 #pragma unroll
     for (int s = 0; s < kSources; ++s)
       copy_async_16(to + s * apart + i * kRowBytes, sources[s] + (live ? from + i * kDim : 0), live);
+  }
+}
+
+// Takes tiles `tile`, `tile + step`, ... of `count` through three stages of shared memory, the first at
+// `first`: one tile whose results are written (outputs), the next, whose codes are made in the same phase,
+// and one on its way. A barrier, mixing, a barrier. prepare(stage) runs while the first two tiles are on
+// their way, with the third stage as scratch memory.
+template <int kStageBytes, typename Kernel, typename Prepare>
+__device__ __forceinline__ void run_stages(Kernel& kernel, int64_t tile, int64_t count, int64_t step,
+                                           int first, Prepare prepare) {
+  int now = first, next = now + kStageBytes, last = next + kStageBytes;
+  kernel.load(tile, count, now);
+  kernel.load(tile + step, count, next);
+  prepare(last);
+  if (tile >= count) return;
+  copy_async_wait<1>();
+  kernel.sync();
+  kernel.codes(now);
+  kernel.sync();
+  kernel.mixing(tile, now);
+  copy_async_wait<0>();
+  kernel.sync();
+#pragma unroll 1
+  for (; tile < count; tile += step) {
+    kernel.load(tile + 2 * step, count, last);
+    kernel.outputs(tile, now);
+    const bool more = tile + step < count;
+    if (more) kernel.codes(next);
+    kernel.sync();
+    if (more) kernel.mixing(tile + step, next);
+    copy_async_wait<0>();
+    kernel.sync();
+    const int free = now;
+    now = next;
+    next = last;
+    last = free;
   }
 }
 

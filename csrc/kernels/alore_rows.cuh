@@ -3,11 +3,9 @@
 #pragma once
 
 #include "kernels/alore_tile.cuh"
+#include "kernels/row_moments.cuh"
 
 namespace alore::kernels {
-
-// Mean^2 over variance up to which uncentred sums lose at most 4 bits.
-inline constexpr float kMaxShift = 16.0f;
 
 // Mean and reciprocal standard deviation of a row from every warp's own mean and squares around it (Chan's
 // update: no second pass over the row, and no cancellation where the mean is large). The row's four lanes

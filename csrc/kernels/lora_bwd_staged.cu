@@ -4,7 +4,8 @@
 //
 // A block takes 16 * kRowTiles tokens at a time through shared memory, grad_out, x and the code beside each
 // other, two tiles in turn. Its warps share the features, chunk by chunk; they meet over their parts of
-// grad_out (B c), then use it on their parts of x. Features count in whole chunks.
+// grad_out (B c), then use it on their parts of x. Features count in whole chunks. Where something else reads
+// x (norm_lora_bwd.cu), kX is 0 and grad_out (B c) is what leaves.
 #include "kernels/async_copy.cuh"
 #include "kernels/lora_mma.cuh"
 
@@ -18,6 +19,7 @@ struct StagedArgs {
   const T *grad_out, *x;
   const T* code;  // [num_tokens, 8]
   T* dx;          // [num_tokens, in_features] or null
+  T* grad_code;   // [num_tokens, 8]: without x, grad_out (B c)
   RankScale scale;
   float4 *partial_y, *partial_x;  // [blocks, units, 32]
   unsigned* counter;              // set to 0 for the kernel behind this one
@@ -61,7 +63,9 @@ __global__ void __launch_bounds__(kStagedWarps * 32, 1)
       unsigned char* const to = shared_bytes + stage * layout.stage_bytes;
       const int64_t first = tile * kRows;
       stage_rows<T, kRows>(to, layout.y_stride, args.grad_out, args.out_features, first, args.num_tokens);
-      stage_rows<T, kRows>(to + layout.x, layout.x_stride, args.x, args.in_features, first, args.num_tokens);
+      if constexpr (kX > 0)
+        stage_rows<T, kRows>(to + layout.x, layout.x_stride, args.x, args.in_features, first,
+                             args.num_tokens);
       stage_rows<T, kRows>(to + layout.code, 16, args.code, 8, first, args.num_tokens);
     }
     copy_async_commit();
@@ -70,7 +74,8 @@ __global__ void __launch_bounds__(kStagedWarps * 32, 1)
   load(blockIdx.x + int64_t{gridDim.x}, 1);
 
   // This warp's factors as operands: B c to reduce grad_out, A to expand its code.
-  uint32_t reduce[kY][2][2], expand[kX][4];
+  constexpr int kHeldX = kX > 0 ? kX : 1;  // no array may be empty
+  uint32_t reduce[kY][2][2], expand[kHeldX][4];
 #pragma unroll
   for (int k = 0; k < kY; ++k) {
     const int chunk = min(warp + k * kStagedWarps, chunks_y - 1);
@@ -88,7 +93,7 @@ __global__ void __launch_bounds__(kStagedWarps * 32, 1)
   const uint32_t keep = (args.scale.template at<T>(2 * q) != 0.0f ? 0x0000ffffu : 0u) |
                         (args.scale.template at<T>(2 * q + 1) != 0.0f ? 0xffff0000u : 0u);
 
-  float acc_y[kY][2][4] = {}, acc_x[kX][2][4] = {};
+  float acc_y[kY][2][4] = {}, acc_x[kHeldX][2][4] = {};
   int stage = 0;
 #pragma unroll 1
   for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
@@ -122,7 +127,7 @@ __global__ void __launch_bounds__(kStagedWarps * 32, 1)
 
 #pragma unroll
     for (int r = 0; r < kRowTiles; ++r) {
-      if (warp >= chunks_x) break;
+      if (kX > 0 ? warp >= chunks_x : warp != r) continue;
       float4 total = parts[r * kStagedWarps * 32 + lane];
 #pragma unroll
       for (int w = 1; w < kStagedWarps; ++w) {
@@ -131,8 +136,14 @@ __global__ void __launch_bounds__(kStagedWarps * 32, 1)
       }
       const uint32_t low = pack_pair<T>(total.x, total.y) & keep,
                      high = pack_pair<T>(total.z, total.w) & keep;
-      const uint32_t low_turned = transpose8x8(low), high_turned = transpose8x8(high);
       const int64_t row = tile * kRows + r * 16;
+      if constexpr (kX == 0) {
+        if (row + g < args.num_tokens)
+          *reinterpret_cast<uint32_t*>(args.grad_code + (row + g) * 8 + 2 * q) = low;
+        if (row + g + 8 < args.num_tokens)
+          *reinterpret_cast<uint32_t*>(args.grad_code + (row + g + 8) * 8 + 2 * q) = high;
+      }
+      const uint32_t low_turned = transpose8x8(low), high_turned = transpose8x8(high);
       unsigned char* const rows = in + layout.x + r * 16 * layout.x_stride;
 #pragma unroll
       for (int k = 0; k < kX; ++k) {
@@ -185,19 +196,20 @@ __global__ void __launch_bounds__(kStagedWarps * 32, 1)
     }
   };
   leave(acc_y, kY, args.partial_y, chunks_y);
-  leave(acc_x, kX, args.partial_x, chunks_x);
+  if constexpr (kX > 0) leave(acc_x, kX, args.partial_x, chunks_x);
 }
 
-template <typename T, int kIndex = 0>
+template <typename T, bool kReadsX, int kIndex = 0>
 void launch(const CudaContext& context, const LoraPlan& plan, const StagedArgs<T>& args,
             const PackedFactors<1>& factors) {
   constexpr StagedShape kShape = kStagedShapes[kIndex];
   if (plan.staged_shape != kIndex) {
     if constexpr (kIndex + 1 < std::size(kStagedShapes))
-      return launch<T, kIndex + 1>(context, plan, args, factors);
+      return launch<T, kReadsX, kIndex + 1>(context, plan, args, factors);
     throw std::runtime_error("lora_fused_backward: no staged kernel for these widths");
   }
-  const auto kernel = lora_backward_staged_kernel<T, kShape.chunks_y, kShape.chunks_x, kShape.row_tiles>;
+  const auto kernel = lora_backward_staged_kernel < T, kShape.chunks_y, kReadsX ? kShape.chunks_x : 0,
+             kShape.row_tiles > ;
   static SharedMemoryGrants grants;
   const int bytes = static_cast<int>(plan.shared_bytes);
   grants.allow(reinterpret_cast<const void*>(kernel), bytes, "lora_fused_backward");
@@ -205,24 +217,45 @@ void launch(const CudaContext& context, const LoraPlan& plan, const StagedArgs<T
   check_launch("lora_fused_backward");
 }
 
+// x, or grad_code, is null.
+template <bool kReadsX>
+void run(const CudaContext& context, const LoraShape& s, const LoraPlan& plan, const RankScale& scale,
+         const void* packed, const void* x, const void* grad_out, const void* code, void* dx, void* grad_code,
+         void* workspace) {
+  const LoraWorkspace layout(s, plan.blocks);
+  char* const base = static_cast<char*>(workspace);
+  dispatch_fused(s, [&](auto tag, auto) {
+    using T = typename decltype(tag)::type;
+    launch<T, kReadsX>(
+        context, plan,
+        StagedArgs<T>{s.num_tokens, static_cast<int>(s.in_features), static_cast<int>(s.out_features),
+                      static_cast<const T*>(grad_out), static_cast<const T*>(x), static_cast<const T*>(code),
+                      static_cast<T*>(dx), static_cast<T*>(grad_code), scale,
+                      reinterpret_cast<float4*>(base + layout.partial_y),
+                      reinterpret_cast<float4*>(base + layout.partial_x),
+                      reinterpret_cast<unsigned*>(base + layout.counter)},
+        PackedFactors<1>(packed, s.in_features, s.out_features));
+  });
+}
+
 }  // namespace
 
 void lora_backward_staged(const CudaContext& context, const LoraShape& s, const LoraPlan& plan,
                           const RankScale& scale, const void* packed, const void* x, const void* grad_out,
                           const void* code, void* dx, void* workspace) {
-  const LoraWorkspace layout(s, plan.blocks);
-  char* const base = static_cast<char*>(workspace);
-  dispatch_fused(s, [&](auto tag, auto) {
-    using T = typename decltype(tag)::type;
-    launch<T>(
-        context, plan,
-        StagedArgs<T>{s.num_tokens, static_cast<int>(s.in_features), static_cast<int>(s.out_features),
-                      static_cast<const T*>(grad_out), static_cast<const T*>(x), static_cast<const T*>(code),
-                      static_cast<T*>(dx), scale, reinterpret_cast<float4*>(base + layout.partial_y),
-                      reinterpret_cast<float4*>(base + layout.partial_x),
-                      reinterpret_cast<unsigned*>(base + layout.counter)},
-        PackedFactors<1>(packed, s.in_features, s.out_features));
-  });
+  run<true>(context, s, plan, scale, packed, x, grad_out, code, dx, nullptr, workspace);
+}
+
+void lora_output_backward(const CudaContext& context, const LoraShape& s, const LoraPlan& plan,
+                          Factors2 factors, const Coefficients& coefficients, const void* packed,
+                          const void* grad_out, const void* code, void* grad_code, LoraGradients gradients,
+                          void* workspace) {
+  if (plan.backward != LoraPath::kStaged)
+    throw std::runtime_error("lora_output_backward: the plan is another");
+  if (gradients.a != nullptr) throw std::runtime_error("lora_output_backward: no gradient of A here");
+  const RankScale scale = rank_scale(s, coefficients);
+  run<false>(context, s, plan, scale, packed, nullptr, grad_out, code, nullptr, grad_code, workspace);
+  lora_finish(context, s, plan, factors, scale, gradients, workspace);
 }
 
 }  // namespace alore::kernels

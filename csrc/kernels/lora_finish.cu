@@ -119,18 +119,19 @@ void lora_finish(const CudaContext& context, const LoraShape& s, const LoraPlan&
                  const RankScale& scale, LoraGradients gradients, void* workspace) {
   const LoraWorkspace layout(s, plan.blocks);
   char* const base = static_cast<char*>(workspace);
+  const int64_t units_x = gradients.a == nullptr ? 0 : layout.units_x;
   const FinishArgs args{s.in_features,
                         s.out_features,
                         plan.blocks,
                         layout.units_y,
-                        layout.units_x,
+                        units_x,
                         plan.backward == LoraPath::kStaged,
                         scale,
                         reinterpret_cast<const float4*>(base + layout.partial_y),
                         reinterpret_cast<const float4*>(base + layout.partial_x),
                         reinterpret_cast<float*>(base + layout.coeff),
                         reinterpret_cast<unsigned*>(base + layout.counter)};
-  const auto blocks = static_cast<unsigned>(layout.units_y + layout.units_x);
+  const auto blocks = static_cast<unsigned>(layout.units_y + units_x);
   dispatch_fused(s, [&](auto tag, auto rank_tiles) {
     using T = typename decltype(tag)::type;
     constexpr int kTiles = decltype(rank_tiles)::value;

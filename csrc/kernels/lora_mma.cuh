@@ -11,6 +11,7 @@
 #include "kernels/lora.h"
 #include "kernels/lora_layout.h"
 #include "kernels/philox.h"
+#include "kernels/rank_scale.cuh"
 #include "kernels/tensor_core.cuh"
 
 namespace alore::kernels {
@@ -128,30 +129,8 @@ __device__ __forceinline__ void load_factor(const uint4* packed, int64_t chunk, 
   for (int tile = 0; tile < kTiles; ++tile) out[tile] = __ldg(packed + (chunk * kTiles + tile) * 32 + lane);
 }
 
-// c as every fused kernel reads it: coeff times mask, 0 in the padded rank rows.
-struct RankScale {
-  const void* coeff;
-  const void* mask;  // null: 1
-  bool wide;         // coeff is float32; otherwise it has the activation type
-  int rank, expert_rank;
-
-  template <typename T>
-  __device__ __forceinline__ float at(int j) const {
-    if (j >= rank) return 0.0f;
-    const int e = j / expert_rank;
-    const float c =
-        wide ? static_cast<const float*>(coeff)[e] : convert<float>(static_cast<const T*>(coeff)[e]);
-    return mask == nullptr ? c : c * static_cast<const float*>(mask)[e];
-  }
-};
-
-inline RankScale rank_scale(const LoraShape& s, const Coefficients& c) {
-  return {c.coeff, c.mask, s.factor == DType::kFloat32, static_cast<int>(s.rank),
-          static_cast<int>(s.expert_rank)};
-}
-
 // The kernels of lora_fused_backward, whose arguments these are: one that leaves partial sums (needs the
-// staged plan), and the last.
+// staged plan), and the last, for gradients.a where that is given.
 void lora_backward_staged(const CudaContext& context, const LoraShape& shape, const LoraPlan& plan,
                           const RankScale& scale, const void* packed, const void* x, const void* grad_out,
                           const void* code, void* dx, void* workspace);

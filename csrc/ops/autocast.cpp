@@ -101,6 +101,17 @@ struct Lower {
                                  factor(lora_b, low), factor(coeff, low), mask_p, training);
   }
 
+  static T7 layer_norm_mlae_linear(const Tensor& x, const OptTensor& norm_weight, const OptTensor& norm_bias,
+                                   double eps, const Tensor& weight, const OptTensor& bias,
+                                   const Tensor& lora_a, const Tensor& lora_b, const Tensor& coeff,
+                                   double mask_p, bool training) {
+    const c10::impl::ExcludeDispatchKeyGuard no_autocast(key);
+    const Tensor low = cast(x);
+    return layer_norm_mlae_linear_op().call(low, factor(norm_weight, low), factor(norm_bias, low), eps,
+                                            base_weight(weight, low), cast(bias), factor(lora_a, low),
+                                            factor(lora_b, low), factor(coeff, low), mask_p, training);
+  }
+
   static Tensor kron_linear_grouped(const Tensor& x, TensorList scale, TensorList down, TensorList up,
                                     const Tensor& index) {
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(key);
@@ -146,6 +157,7 @@ struct Lower {
     m.impl("add_layer_norm_alore", add_layer_norm_alore);
     m.impl("masked_lora_linear", masked_lora_linear);
     m.impl("mlae_linear", mlae_linear);
+    m.impl("layer_norm_mlae_linear", layer_norm_mlae_linear);
     m.impl("kron_linear_grouped", kron_linear_grouped);
     m.impl("alore_grouped", alore_grouped);
     m.impl("layer_norm_alore_grouped", layer_norm_alore_grouped);

@@ -19,12 +19,17 @@ using OptTensorList = std::optional<TensorList>;
 using T3 = std::tuple<Tensor, Tensor, Tensor>;
 using T4 = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using T6 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using T7 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using T8 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using Strings = c10::List<std::string>;
 
 kernels::DType kernel_dtype(at::ScalarType type);
 
 // float64 for float64, else float32.
 at::ScalarType accumulate_type(at::ScalarType type);
+
+// Never an undefined tensor.
+inline OptTensor given(const OptTensor& t) { return t.has_value() && t->defined() ? t : std::nullopt; }
 
 // A float32 weight under 16-bit activations: the update is folded into it before it is rounded.
 bool is_folding(const Tensor& x, const Tensor& weight);
@@ -76,6 +81,12 @@ enum class Coeff { kPerRow, kPerExpert };
 
 void check_lora(const OpName& op, const Tensor& x, const Tensor& weight, const OptTensor& bias,
                 const Tensor& lora_a, const Tensor& lora_b, const Tensor& coeff, Coeff rule);
+
+void check_mask_p(const OpName& op, double p);
+// grad_out and what the forward of a low-rank linear kept; coeff is per expert where there is a mask.
+void check_lora_backward(const OpName& op, const Tensor& grad_out, const Tensor& x, const Tensor& weight,
+                         const Tensor& lora_a, const Tensor& lora_b, const Tensor& coeff,
+                         const OptTensor& mask, const Tensor& code, const Tensor& operand);
 
 // grad_out must look like the forward's output.
 void check_grad(const OpName& op, const Tensor& grad_out, c10::SymIntArrayRef sizes, const Tensor& like,

@@ -21,6 +21,7 @@ auto typed_op(const char* name) {
 
 using Mask4 = std::array<bool, 4>;
 using Mask6 = std::array<bool, 6>;
+using Mask8 = std::array<bool, 8>;
 
 ALORE_OP(kron_linear, Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&))
 ALORE_OP(kron_linear_backward,
@@ -45,6 +46,13 @@ ALORE_OP(mlae_linear, T4(const Tensor&, const Tensor&, const OptTensor&, const T
 ALORE_OP(masked_lora_linear_backward,
          T6(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
             const OptTensor&, const Tensor&, const Tensor&, Mask6))
+ALORE_OP(layer_norm_mlae_linear,
+         T7(const Tensor&, const OptTensor&, const OptTensor&, double, const Tensor&, const OptTensor&,
+            const Tensor&, const Tensor&, const Tensor&, double, bool))
+ALORE_OP(layer_norm_mlae_linear_backward,
+         T8(const Tensor&, const OptTensor&, const Tensor&, const OptTensor&, const OptTensor&, double,
+            const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+            const Tensor&, const Tensor&, const Tensor&, Mask8))
 ALORE_OP(merge_kron_,
          void(const Tensor&, const OptTensor&, const Tensor&, const Tensor&, const Tensor&, std::string_view))
 ALORE_OP(merge_lora_, void(const Tensor&, const Tensor&, const Tensor&, const Tensor&))

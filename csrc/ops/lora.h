@@ -28,7 +28,7 @@ struct LoraCall {
            const Tensor& lora_b, const Tensor& coeff)
       : x(flatten_tokens(x)),
         weight(weight),
-        bias(bias.has_value() && bias->defined() ? bias : std::nullopt),
+        bias(given(bias)),
         lora_a(lora_a),
         lora_b(lora_b),
         coeff(coeff),
@@ -73,32 +73,6 @@ struct LoraKept {
   }
 };
 
-inline void check_mask_p(const char* op, double p) {
-  TORCH_CHECK(p >= 0.0 && p < 1.0, op, ": mask_p must be in [0, 1), got ", p);
-}
-
-inline void check_lora_backward(const Tensor& grad_out, const Tensor& x, const Tensor& weight,
-                                const Tensor& lora_a, const Tensor& lora_b, const Tensor& coeff,
-                                const OptTensor& mask, const Tensor& code, const Tensor& operand) {
-  constexpr const char* op = "masked_lora_linear_backward";
-  const bool masked = mask.has_value() && mask->defined();
-  check_lora(op, x, weight, std::nullopt, lora_a, lora_b, coeff, masked ? Coeff::kPerExpert : Coeff::kPerRow);
-  check_grad(op, grad_out, lora_output_sizes(x, weight), x, x.scalar_type());
-  const auto must_be = [&](const char* name, const Tensor& t, c10::SymIntArrayRef sizes,
-                           at::ScalarType type) {
-    TORCH_CHECK(t.device() == x.device(), op, ": ", name, " must be on x's device ", x.device(), ", got ",
-                t.device());
-    TORCH_CHECK(t.layout() == at::kStrided, op, ": ", name, " must be a dense tensor, got layout ",
-                t.layout());
-    TORCH_CHECK(t.sym_sizes() == sizes && t.scalar_type() == type, op, ": ", name, " must be ", type, " ",
-                sizes, " as the forward returned it, got ", t.scalar_type(), " ", t.sym_sizes());
-  };
-  if (masked) must_be("mask", *mask, coeff.sym_sizes(), accumulate_type(x.scalar_type()));
-  const LoraKept kept(x, weight, lora_a);
-  must_be("code", code, kept.code, x.scalar_type());
-  must_be("operand", operand, kept.operand, x.scalar_type());
-}
-
 template <typename Backend>
 T3 lora_forward(const Tensor& x, const Tensor& weight, const OptTensor& bias, const Tensor& lora_a,
                 const Tensor& lora_b, const Tensor& coeff, const LoraMask& mask) {
@@ -137,7 +111,8 @@ T6 masked_lora_linear_backward(const Tensor& grad_out, const Tensor& x, const Te
                                const Tensor& lora_a, const Tensor& lora_b, const Tensor& coeff,
                                const OptTensor& mask, const Tensor& code, const Tensor& operand,
                                Mask6 wanted) {
-  check_lora_backward(grad_out, x, weight, lora_a, lora_b, coeff, mask, code, operand);
+  check_lora_backward("masked_lora_linear_backward", grad_out, x, weight, lora_a, lora_b, coeff, mask, code,
+                      operand);
   const typename Backend::Guard guard(x);
   const LoraCall call(x, weight, std::nullopt, lora_a, lora_b, coeff);
   const Tensor grad = flatten_tokens(grad_out);

@@ -1,27 +1,17 @@
 // The low-rank linears on CUDA: allocates, launches kernels/lora.h and the base products around them.
 #include <ATen/cuda/CUDAContext.h>
-#include <ATen/cuda/CUDAGeneratorImpl.h>
-#include <ATen/cuda/PhiloxCudaState.h>
-
-#include <mutex>
 
 #include "ops/backend_cuda.h"
 #include "ops/cuda_call.h"
 #include "ops/lora.h"
+#include "ops/lora_operands.h"
 
 namespace alore::ops {
 namespace {
 
-using kernels::Coefficients;
 using kernels::CudaContext;
 using kernels::LoraPath;
 using kernels::Op;
-
-// The fused kernels load 16 bytes at a time; a view into the middle of a tensor may start elsewhere.
-Tensor aligned(const Tensor& t) {
-  const Tensor dense = t.contiguous();
-  return reinterpret_cast<uintptr_t>(dense.const_data_ptr()) % 16 == 0 ? dense : dense.clone();
-}
 
 kernels::LoraPlan plan(const LoraCall& call, const kernels::LoraShape& shape) {
   const cudaDeviceProp* device = at::cuda::getCurrentDeviceProperties();
@@ -29,48 +19,12 @@ kernels::LoraPlan plan(const LoraCall& call, const kernels::LoraShape& shape) {
                             {device->multiProcessorCount, device->sharedMemPerBlockOptin});
 }
 
-// The generator's state as ATen's dropout takes it: under graph capture the kernel reads it from the device.
-kernels::PhiloxSource next_philox() {
-  auto* generator = at::get_generator_or_default<at::CUDAGeneratorImpl>(
-      std::nullopt, at::cuda::detail::getDefaultCUDAGenerator());
-  const std::lock_guard<std::mutex> lock(generator->mutex_);
-  const at::PhiloxCudaState state = generator->philox_cuda_state(kernels::kPhiloxIncrement);
-  if (state.captured_) return {0, state.offset_intragraph_, state.seed_.ptr, state.offset_.ptr};
-  return {state.seed_.val, state.offset_.val, nullptr, nullptr};
-}
-
-// The small tensors of a call as kernels read them, held for as long as they are needed.
-struct Operands {
+struct Operands : LoraOperands {
   CudaContext context = current_context();
-  kernels::LoraShape shape;
   kernels::LoraPlan plan;
-  Tensor a, b, coeff, mask;
-  Coefficients coefficients;
 
   Operands(const LoraCall& call, const LoraMask& source)
-      : shape(lora_shape(call.x, call.weight, call.lora_a, call.expert_rank())),
-        plan(ops::plan(call, shape)),
-        a(call.lora_a.contiguous()),
-        b(call.lora_b.contiguous()),
-        coeff(call.coeff.contiguous()),
-        mask(source.given.value_or(Tensor())) {
-    coefficients.coeff = read(coeff);
-    coefficients.mask = read(mask);
-    coefficients.draw = source.draw;
-    coefficients.p = source.p;
-    coefficients.mask_out = write(source.drawn);
-    if (source.draw) coefficients.philox = next_philox();
-  }
-
-  kernels::Factors2 factors() const { return {read(a), read(b)}; }
-
-  // `coefficients` once the mask exists in memory.
-  Coefficients drawn(const LoraMask& source) const {
-    Coefficients known;
-    known.coeff = coefficients.coeff;
-    known.mask = source.drawn.defined() ? read(source.drawn) : coefficients.mask;
-    return known;
-  }
+      : LoraOperands(call, source), plan(ops::plan(call, shape)) {}
 };
 
 // The general side path's operands: padded factors and c, by one kernel.
@@ -110,7 +64,7 @@ Tensor forward_folded(const LoraCall& call, const Operands& o, const Tensor& ope
 Tensor forward_extended(const LoraCall& call, const LoraMask& mask, const Operands& o, const Tensor& code,
                         const Tensor& operand) {
   const int64_t width = o.shape.in_features + o.plan.code_width;
-  const Tensor x = aligned(call.x), weight = aligned(call.weight);
+  const Tensor x = dense_aligned(call.x), weight = dense_aligned(call.weight);
   const Tensor extended_weight = at::empty({o.shape.out_features, width}, weight.options());
   const Tensor extended_x = at::empty({o.shape.num_tokens, width}, x.options());
   kernels::lora_pack(o.context, o.shape, o.factors(), o.coefficients, write(operand), read(weight),
@@ -123,7 +77,7 @@ Tensor forward_extended(const LoraCall& call, const LoraMask& mask, const Operan
 Tensor forward_fused(const LoraCall& call, const LoraMask& mask, const Operands& o, const Tensor& code,
                      const Tensor& operand) {
   kernels::lora_pack(o.context, o.shape, o.factors(), o.coefficients, write(operand), nullptr, nullptr);
-  const Tensor x = aligned(call.x), bias = call.bias.has_value() ? aligned(*call.bias) : Tensor();
+  const Tensor x = dense_aligned(call.x), bias = call.bias.has_value() ? dense_aligned(*call.bias) : Tensor();
   Tensor out = at::empty({o.shape.num_tokens, o.shape.out_features}, x.options());
   kernels::lora_fused_forward(o.context, o.shape, o.drawn(mask), read(operand), read(x), read(bias),
                               write(code), write(out), nullptr);
@@ -147,7 +101,7 @@ Tensor forward_gemm(const LoraCall& call, const Operands& o, const Tensor& code,
 // written first and the base product added onto it.
 LoraGrads backward_fused(const LoraCall& call, const Operands& o, const Tensor& grad, const Tensor& code,
                          const Tensor& operand, Tensor& grad_x) {
-  const Tensor x = aligned(call.x), grad_out = aligned(grad);
+  const Tensor x = dense_aligned(call.x), grad_out = dense_aligned(grad);
   Tensor kept = code, packed = operand;
   const Tensor side_grad_x = call.folds ? Tensor() : grad_x;
   if (call.folds) {
@@ -157,8 +111,8 @@ LoraGrads backward_fused(const LoraCall& call, const Operands& o, const Tensor& 
     kernels::lora_fused_forward(o.context, o.shape, o.coefficients, read(packed), read(x), nullptr,
                                 write(kept), nullptr, nullptr);
   } else {
-    kept = aligned(code);
-    packed = aligned(operand);
+    kept = dense_aligned(code);
+    packed = dense_aligned(operand);
   }
   LoraGrads grads{at::empty(o.a.sizes(), o.a.options()), at::empty(o.b.sizes(), o.b.options()),
                   at::empty(o.coeff.sizes(), o.coeff.options())};

@@ -34,7 +34,8 @@ T6 masked_lora_linear_backward_meta(const Tensor& grad_out, const Tensor& x, con
                                     const Tensor& lora_a, const Tensor& lora_b, const Tensor& coeff,
                                     const OptTensor& mask, const Tensor& code, const Tensor& operand,
                                     Mask6 wanted) {
-  check_lora_backward(grad_out, x, weight, lora_a, lora_b, coeff, mask, code, operand);
+  check_lora_backward("masked_lora_linear_backward", grad_out, x, weight, lora_a, lora_b, coeff, mask, code,
+                      operand);
   return {empty_like_if(wanted[0], x),
           empty_like_if(wanted[1], weight),
           wanted[2] ? empty({weight.sym_size(0)}, x) : Tensor(),

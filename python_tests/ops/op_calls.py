@@ -1,7 +1,7 @@
 """Calls of every op in the `torch.ops.alore_ext` namespace, backward and in-place ones included, as (op, arguments)."""
 
 import torch
-from op_cases import draw, kron_args, layer_norm_args, lora_args, mlae_args, residual_args
+from op_cases import draw, kron_args, layer_norm_args, lora_args, mlae_args, norm_mlae_args, residual_args
 
 namespace = torch.ops.alore_ext
 
@@ -47,6 +47,18 @@ def forward_calls(device="cpu", dtype=torch.float64, factor_dtype=None):
         "masked_lora_linear-no-bias": (namespace.masked_lora_linear, [*(lora | {"bias": None}).values()]),
         "mlae_linear": (namespace.mlae_linear, [*mlae_args(**options).values(), 0.0, True]),
         "mlae_linear-eval": (namespace.mlae_linear, [*mlae_args(expert_rank=1, **options).values(), 0.5, False]),
+        "layer_norm_mlae_linear": (
+            namespace.layer_norm_mlae_linear,
+            [*norm_mlae_args(**options).values(), 0.0, True],
+        ),
+        "layer_norm_mlae_linear-plain": (
+            namespace.layer_norm_mlae_linear,
+            [
+                *(norm_mlae_args(**options) | {"norm_weight": None, "norm_bias": None, "bias": None}).values(),
+                0.5,
+                False,
+            ],
+        ),
         "axial_shift-width": (namespace.axial_shift, [image(device, dtype), 5, 3]),
         "axial_shift-height": (namespace.axial_shift, [image(device, dtype, torch.channels_last), 4, -2]),
         "axial_shift_pair": (namespace.axial_shift_pair, [image(device, dtype), 3]),
@@ -128,6 +140,17 @@ def backward_calls(device="cpu", dtype=torch.float64, factor_dtype=None):
             namespace.masked_lora_linear_backward,
             [lora_grad, *low_rank, [True, False, False, True, True, True]],
         ),
+        "layer_norm_mlae_linear_backward": (
+            namespace.layer_norm_mlae_linear_backward,
+            [*norm_mlae_backward_args(norm_mlae_args(**options)), [True] * 8],
+        ),
+        "layer_norm_mlae_linear_backward-frozen": (
+            namespace.layer_norm_mlae_linear_backward,
+            [
+                *norm_mlae_backward_args(norm_mlae_args(**options), through_norm=False),
+                [True, False, False, False, False, True, True, True],
+            ],
+        ),
         "axial_shift_backward": (namespace.axial_shift_backward, [image(device, dtype), 5, 2]),
         "axial_shift_pair_backward": (
             namespace.axial_shift_pair_backward,
@@ -146,6 +169,17 @@ def lora_backward_args(args, mask=None):
         _, code, operand, _ = namespace.mlae_linear(*args.values(), 0.0, False)
     inputs = [value for name, value in args.items() if name != "bias"]
     return [*inputs, mask, code, operand]
+
+
+def norm_mlae_backward_args(args, through_norm=True):
+    """Arguments of layer_norm_mlae_linear_backward, for a forward's; with a gradient of the norm's output too."""
+    out, normalised, code, operand, mask, mean, rstd = namespace.layer_norm_mlae_linear(*args.values(), 0.0, False)
+    grads = [draw(*t.shape).to(t) for t in (out, normalised)]
+    inputs = {
+        name: value for name, value in args.items() if name not in ("x", "norm_weight", "norm_bias", "eps", "bias")
+    }
+    x, norm = args["x"], [args["norm_weight"], args["norm_bias"], args["eps"]]
+    return [grads[0], grads[1] if through_norm else None, x, *norm, mean, rstd, *inputs.values(), mask, code, operand]
 
 
 def merge_calls(device="cpu", dtype=torch.float64, factor_dtype=None):

@@ -45,13 +45,6 @@ SMALL = (2, 3, 3, 4, 4, 2)
 # Leading axes of x: 1-D to 4-D, and 0, 1, 19, 197 and 30 tokens.
 LEADS = [(), (0,), (2, 0, 3), (1,), (19,), (1, 197), (2, 3, 5)]
 
-needs_cuda = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(
-        not torch.cuda.is_available(), reason="needs a CUDA device: benchmarks/device_check.sh runs it on one"
-    ),
-]
-
 
 def draw(*shape, device="cpu", dtype=torch.float64, gain=1.0):
     """Normal values of standard deviation `gain`, the same on every device."""
@@ -107,6 +100,15 @@ def mlae_args(dims=(12, 9, 3), expert_rank=2, **options):
     in_features, out_features, num_experts = dims
     args = lora_args((in_features, out_features, num_experts * expert_rank), **options)
     return args | {"coeff": args["coeff"][:1].expand(num_experts) + 0.5 * draw(num_experts).to(args["coeff"])}
+
+
+def norm_mlae_args(dims=(12, 9, 3), expert_rank=2, **options):
+    """Arguments of layer_norm_mlae_linear; dims as for `mlae_args`."""
+    args = mlae_args(dims, expert_rank, **options)
+    x = args.pop("x")
+    affine = {"dtype": x.dtype, "device": x.device}
+    norm_weight = draw(x.shape[-1], gain=0.3, **affine) + 1
+    return {"x": x, "norm_weight": norm_weight, "norm_bias": draw(x.shape[-1], gain=0.3, **affine), "eps": 1e-6, **args}
 
 
 def small_args(op, device="cpu", **options):

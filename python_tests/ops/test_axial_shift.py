@@ -5,8 +5,9 @@ those of all others."""
 
 import pytest
 import torch
+from marks import needs_cuda
 from op_calls import namespace
-from op_cases import draw, misaligned, needs_cuda, negated, strided, transposed
+from op_cases import draw, misaligned, negated, strided, transposed
 
 from alore_ext import ops, reference
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from channel_cases import DENSE, FACTORED, FORMATS, OPS, channel_args, small
-from op_cases import draw, leaves, needs_cuda
+from marks import needs_cuda
+from op_cases import draw, leaves
 from torch.utils.checkpoint import checkpoint
 
 from alore_ext import ops, reference

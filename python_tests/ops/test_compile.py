@@ -3,7 +3,8 @@ tracing, fake tensors, functionalisation and the joint graph, without minutes of
 
 import pytest
 import torch
-from op_cases import OPS, draw, kron_args, leaves, lora_args, needs_cuda, output_like, run, small_args
+from marks import needs_cuda
+from op_cases import OPS, draw, kron_args, leaves, lora_args, output_like, run, small_args
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import run_and_get_code
 

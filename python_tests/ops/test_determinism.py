@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from op_cases import OPS, kron_args, leaves, needs_cuda, output_like, run, small_args
+from marks import needs_cuda
+from op_cases import OPS, kron_args, leaves, output_like, run, small_args
 
 from alore_ext import ops
 

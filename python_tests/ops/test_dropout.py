@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from op_cases import assert_matches_oracle, draw, leaves, needs_cuda, output_like, run, small_args, to_double
+from marks import needs_cuda
+from op_cases import assert_matches_oracle, draw, leaves, output_like, run, small_args, to_double
 
 from alore_ext import ops, reference
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from marks import needs_cuda
 from op_cases import (
     EAGER,
     KRON_OPS,
@@ -17,7 +18,6 @@ from op_cases import (
     layer_norm_args,
     leaves,
     misaligned,
-    needs_cuda,
     output_like,
     run,
     to_double,

@@ -10,8 +10,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from marks import needs_cuda
 from op_calls import namespace
-from op_cases import DTYPES, EAGER, assert_within_budget, draw, kron_args, lora_args, needs_cuda, to_double
+from op_cases import DTYPES, EAGER, assert_within_budget, draw, kron_args, lora_args, to_double
 
 from alore_ext import ops, reference
 

@@ -7,7 +7,8 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from op_cases import draw, lora_args, needs_cuda
+from marks import needs_cuda
+from op_cases import draw, lora_args
 from test_grouped import LORA, assert_matches
 
 from alore_ext import ops

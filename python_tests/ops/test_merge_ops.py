@@ -3,7 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from op_cases import draw, kron_args, lora_args, needs_cuda
+from marks import needs_cuda
+from op_cases import draw, kron_args, lora_args
 
 from alore_ext import ops, reference
 

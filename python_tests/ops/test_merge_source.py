@@ -4,7 +4,8 @@ import itertools
 
 import pytest
 import torch
-from op_cases import draw, lora_args, misaligned, needs_cuda
+from marks import needs_cuda
+from op_cases import draw, lora_args, misaligned
 from test_merge_grouped import (
     DIMS,
     DTYPE_PAIRS,

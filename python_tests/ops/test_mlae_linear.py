@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from op_cases import DTYPES, EAGER, assert_within_budget, draw, leaves, mlae_args, needs_cuda, to_double
+from marks import needs_cuda
+from op_cases import DTYPES, EAGER, assert_within_budget, draw, leaves, mlae_args, to_double
 from torch.utils.checkpoint import checkpoint
 
 from alore_ext import ops, reference

@@ -4,7 +4,8 @@ import itertools
 
 import pytest
 import torch
-from op_cases import assert_matches_oracle, kron_args, needs_cuda
+from marks import needs_cuda
+from op_cases import assert_matches_oracle, kron_args
 
 from alore_ext import _C, ops
 

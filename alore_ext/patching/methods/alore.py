@@ -27,7 +27,7 @@ from ..grouping import KronMerge, Merge
 from ..records import SHARED_SCALE, AdapterRecord, init_scale_
 from ..registry import AloreSite, Structure
 from .affine import stacked_record
-from .sites import located_sites
+from .sites import is_plain_layer_norm, located_sites
 
 
 @dataclass(frozen=True)
@@ -132,18 +132,7 @@ def _adapter(site: AloreSite, layer: nn.Module) -> type[Adapter]:
         return AloreLayerNorm2d if _is_layer_norm_2d(layer) else AloreChannelsNorm
     if site.side == "after":
         return AloreLinear
-    return AloreLayerNorm if _is_plain_layer_norm(layer) else AloreNorm
-
-
-def _is_plain_layer_norm(layer: nn.Module) -> bool:
-    """nn.LayerNorm or one that computes the same, over the last dimension: what `ops.layer_norm_alore` computes."""
-    kind = type(layer)
-    if kind.__module__.startswith("transformers.models.convnext"):
-        is_known = getattr(layer, "data_format", None) == "channels_last"
-    else:
-        is_timm = kind.__module__.startswith("timm.layers.") and kind.__name__ == "LayerNorm"
-        is_known = kind is nn.LayerNorm or is_timm
-    return is_known and len(layer.normalized_shape) == 1
+    return AloreLayerNorm if is_plain_layer_norm(layer) else AloreNorm
 
 
 def _is_layer_norm_2d(layer: nn.Module) -> bool:

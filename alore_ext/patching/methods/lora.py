@@ -22,7 +22,7 @@ from alore_ext.modules import (
 from ..grouping import LoraMerge, Merge
 from ..records import AdapterRecord
 from ..registry import MlaeSite, Structure, get_family
-from .sites import selected_blocks, site_at
+from .sites import norm_before, selected_blocks, site_at
 
 # What a family names as MLAE's class for a map that is no module of its own.
 _LORA_OF = {None: LoraLinear, MlaeMultiheadAttention: LoraMultiheadAttention}
@@ -112,4 +112,5 @@ def _record(model: nn.Module, config: LoraConfig, index: int, block: int, role: 
         out_features=site.linear.out_features(model),
         rank=config.rank,
         scaling=config.scaling,
+        norm=norm_before(model, site),
     )

@@ -17,7 +17,7 @@ from alore_ext.modules.experts import keep_lora_experts
 from ..grouping import LoraMerge, Merge
 from ..records import AdapterRecord
 from ..registry import MlaeSite, Structure, get_family
-from .sites import selected_blocks, site_at
+from .sites import norm_before, selected_blocks, site_at
 
 
 @dataclass(frozen=True)
@@ -107,4 +107,5 @@ def _record(
         expert_rank=config.expert_rank,
         coeff_init=config.coeff_init,
         mask_p=mask_p,
+        norm=norm_before(model, site),
     )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from torch import nn
+
 from alore_ext.config import Config
 
-from ..registry import AloreSite, BlockSites, Structure, get_family
+from ..registry import AloreSite, BlockSites, MlaeSite, Structure, get_family
 
 
 def selected_blocks(structure: Structure, config: Config) -> list[tuple[int, BlockSites]]:
@@ -42,3 +44,22 @@ def site_at(block: BlockSites, table: dict, place: str):
         reason = block.refused.get(place, f"{block.name} offers {', '.join(table) or 'no place at all'}")
         raise ValueError(f"patch: {place} is not possible: {reason}")
     return table[place]
+
+
+def norm_before(model: nn.Module, site: MlaeSite) -> str | None:
+    """The norm that the site's linear can be computed together with (see `modules.MlaeNorm`)."""
+    is_linear = site.adapter is None and site.channel_axis == -1
+    if not is_linear or site.norm is None or not is_plain_layer_norm(model.get_submodule(site.norm)):
+        return None
+    return site.norm
+
+
+def is_plain_layer_norm(layer: nn.Module) -> bool:
+    """nn.LayerNorm or one that computes the same, over the last dimension: what `ops.layer_norm_alore` computes."""
+    kind = type(layer)
+    if kind.__module__.startswith("transformers.models.convnext"):
+        is_known = getattr(layer, "data_format", None) == "channels_last"
+    else:
+        is_timm = kind.__module__.startswith("timm.layers.") and kind.__name__ == "LayerNorm"
+        is_known = kind is nn.LayerNorm or is_timm
+    return is_known and len(layer.normalized_shape) == 1

@@ -1,0 +1,244 @@
+"""MlaeNorm: a norm that computes the adapted linear behind it ahead. What reads its output sees the norm's."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from marks import needs_cuda
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+import alore_ext as ae
+from alore_ext import ops
+from alore_ext.modules import AloreLayerNorm, MlaeNorm
+
+CONFIGS = [ae.MlaeConfig(num_experts=8), ae.MlaeConfig(num_experts=4, targets=("qkv", "fc1")), ae.LoraConfig(rank=8)]
+
+
+def vit(device="cpu", dtype=torch.float32, config=CONFIGS[0], width=128):
+    torch.manual_seed(0)
+    model = VisionTransformer(img_size=32, patch_size=8, embed_dim=width, depth=3, num_heads=4, num_classes=5)
+    ae.patch(model.to(device, dtype), config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_b"):
+            nn.init.normal_(parameter, std=0.1)
+    return model.train()
+
+
+def norms(model):
+    return {name for name, module in model.named_modules() if isinstance(module, MlaeNorm)}
+
+
+def test_patch_puts_it_where_a_norm_feeds_one_adapted_linear():
+    assert norms(vit(config=CONFIGS[0])) == {f"blocks.{i}.norm1" for i in range(3)}
+    assert norms(vit(config=CONFIGS[1])) == {f"blocks.{i}.norm{j}" for i in range(3) for j in (1, 2)}
+    assert norms(vit(config=ae.MlaeConfig(targets=("proj", "fc2")))) == set()
+
+
+def test_unpatch_gives_the_norm_back():
+    model = vit()
+    ae.unpatch(model)
+    assert norms(model) == set()
+    assert type(model.blocks[0].norm1) is not MlaeNorm and "_mlae_behind" not in vars(model.blocks[0].norm1)
+
+
+def test_merging_takes_it_off_and_unmerging_puts_it_on_again():
+    model = vit().eval()
+    ae.merge_(model)
+    assert norms(model) == set()
+    ae.unmerge_(model)
+    assert norms(model) == {f"blocks.{i}.norm1" for i in range(3)}
+
+
+def test_a_norm_with_an_adapter_of_its_own_keeps_it():
+    config = [ae.MlaeConfig(num_experts=8), ae.AloreConfig(locations=("before_ffn",))]
+    model = vit(config=config)
+    assert norms(model) == {f"blocks.{i}.norm1" for i in range(3)}
+    assert isinstance(model.blocks[0].norm2, AloreLayerNorm)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_computes_its_own_linear(copied):
+    twin = copied(vit())
+    block = twin.blocks[1]
+    assert block.norm1._mlae_behind is block.attn.qkv
+
+
+def step(model, x):
+    """Output and gradients, under the same masks whichever way they are drawn."""
+    torch.manual_seed(7)
+    model.zero_grad()
+    logits = model(x)
+    logits.float().square().mean().backward()
+    return logits.detach(), {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+def apart(model):
+    """The model with its norms as they were."""
+    twin = copy.deepcopy(model)
+    for module in list(twin.modules()):
+        if isinstance(module, MlaeNorm):
+            module.__class__ = module.adapter_bases[1]
+    return twin
+
+
+def close(a, b):
+    return ((a - b).float().norm() / b.float().norm()).item() < 0.02
+
+
+class TestAhead:
+    """Where the fused kernels run."""
+
+    pytestmark = needs_cuda
+
+    @pytest.fixture
+    def x(self):
+        return torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1)).cuda().bfloat16()
+
+    @pytest.fixture
+    def counts(self, monkeypatch):
+        """How often linears are computed by their norm, and by themselves."""
+        counts = {"ahead": 0, "alone": 0}
+
+        def count(name, what):
+            function = getattr(ops, name)
+
+            def counted(*args):
+                counts[what] += 1
+                return function(*args)
+
+            monkeypatch.setattr(ops, name, counted)
+
+        count("layer_norm_mlae_linear", "ahead")
+        count("mlae_linear", "alone")
+        return counts
+
+    @pytest.mark.parametrize("config", CONFIGS, ids=["qkv", "qkv+fc1", "lora"])
+    def test_a_step_is_that_of_the_two_apart(self, config, x, counts):
+        model = vit("cuda", torch.bfloat16, config)
+        twin = apart(model)
+        logits, grads = step(model, x)
+        assert counts["ahead"] > 0 == counts["alone"]
+        expected, expected_grads = step(twin, x)
+        assert close(logits, expected)
+        assert grads.keys() == expected_grads.keys()
+        for name, grad in grads.items():
+            assert close(grad, expected_grads[name]), name
+
+    def test_nothing_of_the_norms_output_is_kept(self, x):
+        model = vit("cuda", torch.bfloat16)
+        x = x[:1].expand(512, -1, -1, -1)
+
+        def held(model):
+            torch.cuda.synchronize()
+            before = torch.cuda.memory_allocated()
+            out = model(x)
+            return torch.cuda.memory_allocated() - before, out
+
+        ahead, alone = held(model)[0], held(apart(model))[0]
+        activation = 512 * 17 * 128 * 2
+        assert alone - ahead >= 2.5 * activation  # three blocks; the code takes a sixteenth of one each
+
+    def test_hooks_see_the_norms_output(self, x):
+        model = vit("cuda", torch.bfloat16)
+        seen = []
+        model.blocks[1].norm1.register_forward_hook(lambda module, args, out: seen.append((args[0], out)))
+        model(x)
+        given, out = seen[0]
+        norm = model.blocks[1].norm1
+        expected = torch.nn.functional.layer_norm(given, (128,), norm.weight, norm.bias, norm.eps)
+        torch.testing.assert_close(out, expected)
+
+    @pytest.mark.parametrize("change", ["replaced", "written to"])
+    def test_a_changed_output_is_computed_anew(self, change, x, counts):
+        model = vit("cuda", torch.bfloat16)
+
+        def hook(module, args, out):
+            return out * 2 if change == "replaced" else out.mul_(2)
+
+        twin = apart(model)
+        for each in (model, twin):
+            each.blocks[1].norm1.register_forward_hook(hook)
+        logits = model.eval()(x)
+        assert counts == {"ahead": 3, "alone": 1}
+        assert close(logits, twin.eval()(x))
+
+    def test_another_reader_adds_its_gradient(self, x):
+        model, read = vit("cuda", torch.bfloat16).eval(), []
+        twin = apart(model)
+        grads = []
+        for each in (model, twin):
+            read.clear()
+            each.blocks[1].norm1.register_forward_hook(lambda module, args, out: read.append(out))
+            each.zero_grad()
+            logits = each(x)
+            (logits.float().square().mean() + read[0].float().square().mean()).backward()
+            grads.append(each.blocks[0].attn.qkv.lora_a.grad)
+        assert close(*grads)
+
+    @pytest.mark.parametrize("reentrant", [False, True])
+    def test_activation_checkpointing(self, reentrant, x):
+        model = vit("cuda", torch.bfloat16)
+        twin = copy.deepcopy(model)
+
+        def run(block, x):
+            return torch.utils.checkpoint.checkpoint(block, x, use_reentrant=reentrant)
+
+        for block in twin.blocks:
+            block.forward = lambda x, forward=block.forward: run(forward, x)
+        x = x.requires_grad_()
+        (logits, grads), (expected, expected_grads) = step(twin, x), step(model, x)
+        assert torch.equal(logits, expected)
+        assert all(torch.equal(grads[name], expected_grads[name]) for name in grads)
+
+    def test_two_forwards_before_one_backward(self, x):
+        model = vit("cuda", torch.bfloat16).eval()
+        (model(x).float().square().mean() + model(x * 0.5).float().square().mean()).backward()
+        got = model.blocks[0].attn.qkv.lora_a.grad.clone()
+        twin = apart(model)
+        twin.zero_grad()
+        (twin(x).float().square().mean() + twin(x * 0.5).float().square().mean()).backward()
+        assert close(got, twin.blocks[0].attn.qkv.lora_a.grad)
+
+    @pytest.mark.parametrize("how", ["autocast", "inference", "trained norm", "float32", "float16"])
+    def test_where_the_two_stay_apart(self, how, x, counts):
+        dtype = {"float32": torch.float32, "autocast": torch.float32, "float16": torch.float16}.get(how, torch.bfloat16)
+        model = vit("cuda", dtype).eval()
+        if how == "trained norm":
+            for block in model.blocks:
+                block.norm1.weight.requires_grad_()
+        with (
+            torch.autocast("cuda", torch.bfloat16, enabled=how == "autocast"),
+            torch.inference_mode(how == "inference"),
+        ):
+            model(x.to(dtype))
+        assert counts == {"ahead": 0, "alone": 3}
+
+    def test_compiled(self, x):
+        model = vit("cuda", torch.bfloat16).eval()
+        compiled = torch.compile(model, fullgraph=True)
+        assert close(compiled(x), model(x))
+
+    def test_as_a_graph(self, x):
+        model = vit("cuda", torch.bfloat16).eval()
+        expected = model(x).detach()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                model(x).float().square().mean().backward()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = model(x)
+            out.float().square().mean().backward()
+        graph.replay()
+        torch.testing.assert_close(out.detach(), expected)
+
+    def test_retained_experts(self, x, counts):
+        model = vit("cuda", torch.bfloat16)
+        ae.retain_experts(model, keep=[0, 2, 3])
+        logits = model(x)
+        assert counts == {"ahead": 3, "alone": 0}
+        assert close(logits, apart(model)(x))
