@@ -21,6 +21,7 @@ from .scale_shift import (
     SsfMultiheadAttention,
     SsfNorm,
 )
+from .shared_scale import start_sharing, stop_sharing
 
 __all__ = [
     "Adapter",
@@ -54,4 +55,6 @@ __all__ = [
     "attach",
     "check_multihead_attention",
     "detach",
+    "start_sharing",
+    "stop_sharing",
 ]

@@ -13,6 +13,7 @@ from alore_ext import ops
 
 from .adapter import Adapter
 from .experts import keep_experts
+from .shared_scale import shared_scale
 
 
 class AloreAdapter(Adapter):
@@ -30,10 +31,8 @@ class AloreAdapter(Adapter):
         return keep_experts(self._scale(), kept), keep_experts(self.down, kept), keep_experts(self.up, kept)
 
     def _scale(self) -> Tensor:
-        # Through the module and not a kept reference to the parameter: load_state_dict(assign=True),
-        # functional_call and sharding all replace the registered one.
         root = self._alore_root
-        return self.scale if root is None else root.alore_scale
+        return self.scale if root is None else shared_scale(root)
 
     def _alore(self, x: Tensor) -> Tensor:
         return ops.alore(x, *self._factors(), self._alore_dropout, self.training)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from torch import nn
 
-from alore_ext.modules import MlaeNorm, attach, detach
+from alore_ext.modules import MlaeNorm, attach, detach, start_sharing, stop_sharing
 from alore_ext.modules.adapter import Adapter
 
 from .records import SHARED_SCALE, AdapterRecord
@@ -32,6 +32,8 @@ def attach_all(model: nn.Module, records: Iterable[AdapterRecord], parameters: M
         if SHARED_SCALE in parameters:
             model.register_parameter(SHARED_SCALE, parameters[SHARED_SCALE])
             on_error(lambda: model._parameters.pop(SHARED_SCALE))
+            on_error(lambda: stop_sharing(model))
+            start_sharing(model, sum(record.shares_scale for record in records))
         for record in records:
             own = {name: parameters[f"{record.module}.{name}"] for name in record.parameter_shapes()}
             on_error(lambda record=record: record.detach(model))
@@ -66,6 +68,7 @@ def detach_all(model: nn.Module, state: PatchState) -> dict[str, nn.Parameter]:
         if record.norm is not None:
             _detach_norm(model.get_submodule(record.norm))
     if SHARED_SCALE in model._parameters:
+        stop_sharing(model)
         parameters[SHARED_SCALE] = model._parameters.pop(SHARED_SCALE)
     return parameters
 

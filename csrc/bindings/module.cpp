@@ -173,6 +173,7 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("even", &AloreForwardPlan::even)
       .def_readonly("blocks", &AloreForwardPlan::blocks)
       .def_readonly("shared_bytes", &AloreForwardPlan::shared_bytes)
+      .def_readonly("overlaps_launches", &AloreForwardPlan::overlaps_launches)
       .def("__repr__", &AloreForwardPlan::to_string);
   py::class_<AloreBackwardPlan>(m, "AloreBackwardPlan")
       .def_readonly("fused", &AloreBackwardPlan::fused)
@@ -236,7 +237,7 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("backward_blocks", &NormLoraPlan::backward_blocks)
       .def_readonly("backward_shared_bytes", &NormLoraPlan::backward_shared_bytes)
       .def_readonly("overlaps_launches", &NormLoraPlan::overlaps_launches)
-      .def_readonly("backward_partial_bytes", &NormLoraPlan::backward_partial_bytes)
+      .def_readonly("workspace_bytes", &NormLoraPlan::workspace_bytes)
       .def("__repr__", &NormLoraPlan::to_string);
   m.def("plan_norm_lora", &plan_norm_lora, py::kw_only(), py::arg("num_tokens"), py::arg("in_features"),
         py::arg("out_features"), py::arg("rank"), py::arg("dtype"), py::arg("weight_dtype"),

@@ -58,6 +58,7 @@ struct AloreForwardPlan {
   bool even = false;  // blocks are whole groups and warps have full counts: no column needs a check
   int blocks = 0;
   int shared_bytes = 0;
+  bool overlaps_launches = false;  // pipelined: begins while the launch before it ends (9.0 and later)
 
   std::string to_string() const;
 };
@@ -74,7 +75,7 @@ struct AloreBackwardPlan {
   int blocks = 0;
   int shared_bytes = 0;
   int64_t workspace_bytes = 0;     // one partial sum of every factor gradient a block
-  bool overlaps_launches = false;  // the second launch begins while the first ends (9.0 and later)
+  bool overlaps_launches = false;  // both launches begin while the one before ends (9.0 and later)
 
   std::string to_string() const;
 };

@@ -14,8 +14,9 @@ struct ReduceParams {
 };
 
 template <typename Factor>
-__global__ void __launch_bounds__(kSumEntries* kSumLanes)
+__global__ void __launch_bounds__(kSumThreads)
     alore_reduce_kernel(ReduceParams p, Factor* scale, Factor* down, Factor* up) {
+  wait_for_launches_before();
   const int entries = p.scale_size + 2 * p.down_size;
   const float sum = sum_partials(p.partial, p.blocks, entries);
   const int i = blockIdx.x * kSumEntries + threadIdx.x;
@@ -44,9 +45,10 @@ void launch_reduce(const CudaContext& context, const AloreShape& s, const AloreB
                             static_cast<int>(s.rank),
                             static_cast<int>(s.block_dim),
                             plan.pipelined};
-  launch_sums(alore_reduce_kernel<Factor>, context, static_cast<int>(s.scale_size() + 2 * s.down_size()),
-              plan.overlaps_launches, "alore_reduce", params, static_cast<Factor*>(a.grad_scale),
-              static_cast<Factor*>(a.grad_down), static_cast<Factor*>(a.grad_up));
+  launch_overlapping(alore_reduce_kernel<Factor>, context, sum_blocks(s.scale_size() + 2 * s.down_size()),
+                     kSumThreads, 0, plan.overlaps_launches, "alore_reduce", params,
+                     static_cast<Factor*>(a.grad_scale), static_cast<Factor*>(a.grad_down),
+                     static_cast<Factor*>(a.grad_up));
 }
 
 }  // namespace

@@ -391,6 +391,7 @@ template <typename T, int kIndex, bool kNorm>  // of kPipelinedBackward
 __global__ void __launch_bounds__(PipelinedSizes(kPipelinedBackward[kIndex]).threads, 1)
     alore_backward_pipelined_kernel(const __grid_constant__ PipelinedParams<T> p) {
   extern __shared__ __align__(128) unsigned char shared[];
+  wait_for_launches_before();
   // Not compiled where no block may have that much shared memory: no plan chooses it there.
   if constexpr (PipelinedBackwardLayout(kPipelinedBackward[kIndex], kNorm).bytes <= kMostSharedBytes)
     PipelinedBackward<T, kPipelinedBackward[kIndex], kNorm>(p, shared).run();
@@ -413,8 +414,8 @@ void launch(const CudaContext& context, const AloreShape& s, const AloreBackward
     const auto kernel = alore_backward_pipelined_kernel<T, decltype(index)::value, kNorm>;
     static SharedMemoryGrants grants;
     grants.allow(reinterpret_cast<const void*>(kernel), plan.shared_bytes, "alore_backward");
-    kernel<<<plan.blocks, 32 * plan.warps, plan.shared_bytes, context.stream>>>(params);
-    check_launch("alore_backward");
+    launch_overlapping(kernel, context, plan.blocks, 32 * plan.warps, plan.shared_bytes,
+                       plan.overlaps_launches, "alore_backward", params);
   });
 }
 

@@ -227,6 +227,7 @@ __global__ void __launch_bounds__(
     PipelinedSizes(kPipelinedForward[kIndex]).threads* kPipelinedForward[kIndex].teams, 1)
     alore_forward_pipelined_kernel(const __grid_constant__ PipelinedParams<T> p) {
   extern __shared__ __align__(128) unsigned char shared[];
+  wait_for_launches_before();
   // Not compiled where no block may have that much shared memory: no plan chooses it there.
   if constexpr (PipelinedForwardLayout(kPipelinedForward[kIndex], kNorm).bytes <= kMostSharedBytes)
     PipelinedForward<T, kPipelinedForward[kIndex], kNorm>(p, shared).run();
@@ -241,8 +242,8 @@ void launch(const CudaContext& context, const AloreShape& s, const AloreForwardP
     static SharedMemoryGrants grants;
     grants.allow(reinterpret_cast<const void*>(kernel), plan.shared_bytes, "alore_forward");
     constexpr int kThreads = PipelinedSizes(kShape).threads * kShape.teams;
-    kernel<<<plan.blocks, kThreads, plan.shared_bytes, context.stream>>>(params);
-    check_launch("alore_forward");
+    launch_overlapping(kernel, context, plan.blocks, kThreads, plan.shared_bytes, plan.overlaps_launches,
+                       "alore_forward", params);
   });
 }
 

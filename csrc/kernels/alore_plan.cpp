@@ -69,6 +69,7 @@ bool plan_pipelined(const AloreShape& s, const DeviceLimits& device, AloreForwar
   const int64_t rows = int64_t{layout.rows} * shape->teams;
   plan.blocks = clamp_int((s.num_tokens + rows - 1) / rows, 1, device.num_sms);
   plan.shared_bytes = layout.bytes;
+  plan.overlaps_launches = device.capability >= 90;
   return true;
 }
 
@@ -203,7 +204,8 @@ std::string AloreForwardPlan::to_string() const {
     out << "AloreForwardPlan(path=fused, pipelined=" << (pipelined ? "true" : "false")
         << ", blocks=" << blocks << ", tiles_per_block=" << tiles_per_block
         << ", warps_per_tile=" << warps_per_tile << ", groups_per_warp=" << groups_per_warp
-        << ", even=" << (even ? "true" : "false") << ", shared_bytes=" << shared_bytes << ")";
+        << ", even=" << (even ? "true" : "false") << ", shared_bytes=" << shared_bytes
+        << ", overlaps_launches=" << (overlaps_launches ? "true" : "false") << ")";
   }
   return out.str();
 }

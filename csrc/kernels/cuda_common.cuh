@@ -134,6 +134,24 @@ __device__ __forceinline__ void allow_next_launch() {
 #endif
 }
 
+// kernel<<<...>>>(args...), which calls wait_for_launches_before first thing; where `overlaps`, its blocks
+// may take their places while the last launch on the stream ends. In a CUDA graph too.
+template <typename... Params, typename... Args>
+void launch_overlapping(void (*kernel)(Params...), const CudaContext& context, int blocks, int threads,
+                        int shared_bytes, bool overlaps, const char* what, const Args&... args) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = context.stream;
+  config.attrs = &attribute;
+  config.numAttrs = overlaps ? 1 : 0;
+  check(cudaLaunchKernelEx(&config, kernel, args...), what);
+}
+
 // 16 bytes in one instruction: left to itself the compiler has split these stores in four, which cost more in
 // the L2 cache than all the rest of a tile.
 __device__ __forceinline__ void store_16(void* p, const uint4& v) {

@@ -186,17 +186,6 @@ void lora_fused_backward(const CudaContext& context, const LoraShape& shape, con
                          LoraGradients gradients,
                          void* workspace);  // [plan.workspace_bytes], 16-byte aligned
 
-// The half of it that does not read x, for a caller that has something better for the other: grad b, grad
-// coeff and grad_code = grad_out (b c), masked columns 0. Overwrites them. gradients.a is null; the plan is
-// kStaged.
-void lora_output_backward(const CudaContext& context, const LoraShape& shape, const LoraPlan& plan,
-                          Factors2 factors, const Coefficients& coefficients, const void* packed,
-                          const void* grad_out,  // [num_tokens, out_features]
-                          const void* code,      // [num_tokens, code_width]
-                          void* grad_code,       // [num_tokens, code_width]
-                          LoraGradients gradients,
-                          void* workspace);  // [plan.workspace_bytes], 16-byte aligned
-
 // ---- General: the parts between matrix products ----------------------------------------------------------
 
 // Rounds a and b to the activation type, padded with zeros to code_width rank rows; writes c, padded too.

@@ -48,6 +48,7 @@ __global__ void __launch_bounds__(kStagedWarps * 32, 1)
   static_assert((kY > kX ? kY : kX) * kChunk / 8 <= 32,
                 "a row must not have more pieces than the block has threads");
   extern __shared__ __align__(128) unsigned char shared_bytes[];
+  wait_for_launches_before();
   constexpr int kRows = kRowTiles * static_cast<int>(kTileTokens);
   const StagedLayout layout(args.in_features, args.out_features, kRowTiles);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -200,12 +201,12 @@ __global__ void __launch_bounds__(kStagedWarps * 32, 1)
 }
 
 template <typename T, bool kReadsX, int kIndex = 0>
-void launch(const CudaContext& context, const LoraPlan& plan, const StagedArgs<T>& args,
-            const PackedFactors<1>& factors) {
+void launch(const CudaContext& context, const LoraPlan& plan, bool overlaps_launches,
+            const StagedArgs<T>& args, const PackedFactors<1>& factors) {
   constexpr StagedShape kShape = kStagedShapes[kIndex];
   if (plan.staged_shape != kIndex) {
     if constexpr (kIndex + 1 < std::size(kStagedShapes))
-      return launch<T, kReadsX, kIndex + 1>(context, plan, args, factors);
+      return launch<T, kReadsX, kIndex + 1>(context, plan, overlaps_launches, args, factors);
     throw std::runtime_error("lora_fused_backward: no staged kernel for these widths");
   }
   const auto kernel = lora_backward_staged_kernel < T, kShape.chunks_y, kReadsX ? kShape.chunks_x : 0,
@@ -213,21 +214,21 @@ void launch(const CudaContext& context, const LoraPlan& plan, const StagedArgs<T
   static SharedMemoryGrants grants;
   const int bytes = static_cast<int>(plan.shared_bytes);
   grants.allow(reinterpret_cast<const void*>(kernel), bytes, "lora_fused_backward");
-  kernel<<<static_cast<unsigned>(plan.blocks), kStagedWarps * 32, bytes, context.stream>>>(args, factors);
-  check_launch("lora_fused_backward");
+  launch_overlapping(kernel, context, static_cast<int>(plan.blocks), kStagedWarps * 32, bytes,
+                     overlaps_launches, "lora_fused_backward", args, factors);
 }
 
 // x, or grad_code, is null.
 template <bool kReadsX>
 void run(const CudaContext& context, const LoraShape& s, const LoraPlan& plan, const RankScale& scale,
          const void* packed, const void* x, const void* grad_out, const void* code, void* dx, void* grad_code,
-         void* workspace) {
+         bool overlaps_launches, void* workspace) {
   const LoraWorkspace layout(s, plan.blocks);
   char* const base = static_cast<char*>(workspace);
   dispatch_fused(s, [&](auto tag, auto) {
     using T = typename decltype(tag)::type;
     launch<T, kReadsX>(
-        context, plan,
+        context, plan, overlaps_launches,
         StagedArgs<T>{s.num_tokens, static_cast<int>(s.in_features), static_cast<int>(s.out_features),
                       static_cast<const T*>(grad_out), static_cast<const T*>(x), static_cast<const T*>(code),
                       static_cast<T*>(dx), static_cast<T*>(grad_code), scale,
@@ -243,19 +244,14 @@ void run(const CudaContext& context, const LoraShape& s, const LoraPlan& plan, c
 void lora_backward_staged(const CudaContext& context, const LoraShape& s, const LoraPlan& plan,
                           const RankScale& scale, const void* packed, const void* x, const void* grad_out,
                           const void* code, void* dx, void* workspace) {
-  run<true>(context, s, plan, scale, packed, x, grad_out, code, dx, nullptr, workspace);
+  run<true>(context, s, plan, scale, packed, x, grad_out, code, dx, nullptr, false, workspace);
 }
 
 void lora_output_backward(const CudaContext& context, const LoraShape& s, const LoraPlan& plan,
-                          Factors2 factors, const Coefficients& coefficients, const void* packed,
-                          const void* grad_out, const void* code, void* grad_code, LoraGradients gradients,
-                          void* workspace) {
-  if (plan.backward != LoraPath::kStaged)
-    throw std::runtime_error("lora_output_backward: the plan is another");
-  if (gradients.a != nullptr) throw std::runtime_error("lora_output_backward: no gradient of A here");
-  const RankScale scale = rank_scale(s, coefficients);
-  run<false>(context, s, plan, scale, packed, nullptr, grad_out, code, nullptr, grad_code, workspace);
-  lora_finish(context, s, plan, factors, scale, gradients, workspace);
+                          const RankScale& scale, const void* packed, const void* grad_out, const void* code,
+                          void* grad_code, bool overlaps_launches, void* workspace) {
+  run<false>(context, s, plan, scale, packed, nullptr, grad_out, code, nullptr, grad_code, overlaps_launches,
+             workspace);
 }
 
 }  // namespace alore::kernels

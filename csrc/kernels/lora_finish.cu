@@ -1,143 +1,28 @@
-// Adds up the partial sums that lora_bwd.cu or lora_bwd_staged.cu leaves, and writes the gradients of the
-// factors and coefficients.
-#include "kernels/lora_mma.cuh"
+#include "kernels/lora_finish.cuh"
 
 namespace alore::kernels {
 namespace {
 
-struct FinishArgs {
-  int64_t in_features, out_features, blocks;
-  int64_t units_y, units_x;
-  bool in_order;  // a unit's features are g and g + 8; else feature_of's
-  RankScale scale;
-  const float4 *partial_y, *partial_x;
-  float* coeff_parts;  // [units_y / tiles, 8 * tiles]
-  unsigned* counter;
-};
+constexpr int kFinishWarps = 8;
 
-// One block a unit: its warps share the partial sums, warp 0 adds theirs up and writes the gradients. The
-// last block to come in sums the coefficients' parts; what it adds, and in which order, does not depend on
-// which block that is.
 template <typename T, typename Factor, int kTiles>
-__global__ void __launch_bounds__(256)
+__global__ void __launch_bounds__(kFinishWarps * 32)
     lora_finish_kernel(FinishArgs args, const Factor* __restrict__ b, Factor* __restrict__ grad_a,
                        Factor* __restrict__ grad_b, Factor* __restrict__ grad_coeff) {
-  constexpr int kWarps = 8, kWidth = 8 * kTiles;
-  __shared__ float4 sums[kWarps][32];
-  __shared__ bool last;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const auto [g, q] = Lane(lane);
-  const bool from_y = blockIdx.x < args.units_y;
-  const int unit = static_cast<int>(from_y ? blockIdx.x : blockIdx.x - args.units_y);
-  const int64_t stride = (from_y ? args.units_y : args.units_x) * 32;
-  const float4* source = (from_y ? args.partial_y : args.partial_x) + unit * 32 + lane;
-
-  float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll 4
-  for (int64_t block = warp; block < args.blocks; block += kWarps) {
-    const float4 part = source[block * stride];
-    sum.x += part.x;
-    sum.y += part.y;
-    sum.z += part.z;
-    sum.w += part.w;
-  }
-  sums[warp][lane] = sum;
-  __syncthreads();
-  if (warp == 0) {
-    for (int w = 1; w < kWarps; ++w) {
-      const float4 part = sums[w][lane];
-      sum.x += part.x;
-      sum.y += part.y;
-      sum.z += part.z;
-      sum.w += part.w;
-    }
-    const int tile = unit % kTiles, half = unit / kTiles % 2;
-    const int64_t first = int64_t{unit / (2 * kTiles)} * kChunk;
-    const int rank = args.scale.rank;
-    const float values[4] = {sum.x, sum.y, sum.z, sum.w};
-    float dot[2] = {0.0f, 0.0f};
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      const int j = tile * 8 + 2 * q + (k & 1);
-      const int64_t feature =
-          first + (args.in_order ? half * 16 + g + (k >> 1) * 8 : feature_of(g, 2 * half + (k >> 1)));
-      if (j >= rank || feature >= (from_y ? args.out_features : args.in_features)) continue;
-      const float c = args.scale.template at<T>(j);
-      if (from_y) {
-        grad_b[feature * rank + j] = convert<Factor>(c == 0.0f ? 0.0f : c * values[k]);
-        dot[k & 1] += convert<float>(b[feature * rank + j]) * values[k];
-      } else {
-        grad_a[j * args.in_features + feature] = convert<Factor>(c == 0.0f ? 0.0f : values[k]);
-      }
-    }
-    if (from_y) {
-#pragma unroll
-      for (int offset = 4; offset < 32; offset <<= 1) {
-        dot[0] += __shfl_xor_sync(0xffffffffu, dot[0], offset);
-        dot[1] += __shfl_xor_sync(0xffffffffu, dot[1], offset);
-      }
-      if (g == 0) {
-        float* parts = args.coeff_parts + unit / kTiles * kWidth + tile * 8 + 2 * q;
-        parts[0] = dot[0];
-        parts[1] = dot[1];
-      }
-    }
-  }
-
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) last = atomicAdd(args.counter, 1u) == gridDim.x - 1;
-  __syncthreads();
-  if (!last) return;
-  __threadfence();
-  float* const flat = reinterpret_cast<float*>(sums);  // [slices, width]
-  constexpr int kSlices = 256 / kWidth;
-  const int j = threadIdx.x % kWidth, slice = threadIdx.x / kWidth;
-  float total = 0.0f;
-  for (int64_t row = slice; row < args.units_y / kTiles; row += kSlices) {
-    total += __ldcg(args.coeff_parts + row * kWidth + j);
-  }
-  flat[slice * kWidth + j] = total;
-  __syncthreads();
-  const int experts = args.scale.rank / args.scale.expert_rank;
-  if (static_cast<int>(threadIdx.x) >= experts) return;
-  const int e = threadIdx.x;
-  float grad = 0.0f;
-  for (int row = e * args.scale.expert_rank; row < (e + 1) * args.scale.expert_rank; ++row) {
-    for (int s = 0; s < kSlices; ++s) grad += flat[s * kWidth + row];
-  }
-  if (args.scale.mask != nullptr) {
-    const float m = static_cast<const float*>(args.scale.mask)[e];
-    grad = m == 0.0f ? 0.0f : grad * m;
-  }
-  grad_coeff[e] = convert<Factor>(grad);
+  finish_unit<T, Factor, kTiles, kFinishWarps>(args, blockIdx.x, b, grad_a, grad_b, grad_coeff);
 }
 
 }  // namespace
 
 void lora_finish(const CudaContext& context, const LoraShape& s, const LoraPlan& plan, Factors2 factors,
                  const RankScale& scale, LoraGradients gradients, void* workspace) {
-  const LoraWorkspace layout(s, plan.blocks);
-  char* const base = static_cast<char*>(workspace);
-  const int64_t units_x = gradients.a == nullptr ? 0 : layout.units_x;
-  const FinishArgs args{s.in_features,
-                        s.out_features,
-                        plan.blocks,
-                        layout.units_y,
-                        units_x,
-                        plan.backward == LoraPath::kStaged,
-                        scale,
-                        reinterpret_cast<const float4*>(base + layout.partial_y),
-                        reinterpret_cast<const float4*>(base + layout.partial_x),
-                        reinterpret_cast<float*>(base + layout.coeff),
-                        reinterpret_cast<unsigned*>(base + layout.counter)};
-  const auto blocks = static_cast<unsigned>(layout.units_y + units_x);
+  const FinishArgs args(s, plan, scale, true, workspace);
   dispatch_fused(s, [&](auto tag, auto rank_tiles) {
     using T = typename decltype(tag)::type;
     constexpr int kTiles = decltype(rank_tiles)::value;
     const auto launch = [&](auto factor_tag) {
       using Factor = typename decltype(factor_tag)::type;
-      lora_finish_kernel<T, Factor, kTiles><<<blocks, 256, 0, context.stream>>>(
+      lora_finish_kernel<T, Factor, kTiles><<<args.units(), kFinishWarps * 32, 0, context.stream>>>(
           args, static_cast<const Factor*>(factors.b), static_cast<Factor*>(gradients.a),
           static_cast<Factor*>(gradients.b), static_cast<Factor*>(gradients.coeff));
     };

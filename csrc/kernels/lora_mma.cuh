@@ -130,10 +130,15 @@ __device__ __forceinline__ void load_factor(const uint4* packed, int64_t chunk, 
 }
 
 // The kernels of lora_fused_backward, whose arguments these are: one that leaves partial sums (needs the
-// staged plan), and the last, for gradients.a where that is given.
+// staged plan), and the last.
 void lora_backward_staged(const CudaContext& context, const LoraShape& shape, const LoraPlan& plan,
                           const RankScale& scale, const void* packed, const void* x, const void* grad_out,
                           const void* code, void* dx, void* workspace);
+// Its half that does not read x: leaves grad_code = grad_out (b c), masked columns 0, [num_tokens, 8], and
+// partial sums of grad_out^T code alone.
+void lora_output_backward(const CudaContext& context, const LoraShape& shape, const LoraPlan& plan,
+                          const RankScale& scale, const void* packed, const void* grad_out, const void* code,
+                          void* grad_code, bool overlaps_launches, void* workspace);
 void lora_finish(const CudaContext& context, const LoraShape& shape, const LoraPlan& plan, Factors2 factors,
                  const RankScale& scale, LoraGradients gradients, void* workspace);
 

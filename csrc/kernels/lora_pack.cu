@@ -1,58 +1,11 @@
 // The factors as products read them, with the coefficients and this step's mask inside: the mask is drawn by
 // the kernel that first needs it, so that it costs no launch of its own.
-#include "kernels/lora_mma.cuh"
+#include "kernels/lora_pack.cuh"
 
 namespace alore::kernels {
 namespace {
 
 constexpr int kThreadsPerBlock = 256;
-
-template <typename Factor>
-struct CoefficientArgs {
-  using Acc = acc_t<Factor>;
-  const Factor* coeff;
-  const Acc* mask;
-  Acc* mask_out;
-  bool draw;
-  uint32_t threshold;  // drop_threshold(p)
-  Acc kept;            // 1 / (1 - p)
-  PhiloxSource philox;
-  int64_t rank, expert_rank;
-
-  CoefficientArgs(const LoraShape& s, const Coefficients& c)
-      : coeff(static_cast<const Factor*>(c.coeff)),
-        mask(static_cast<const Acc*>(c.mask)),
-        mask_out(static_cast<Acc*>(c.mask_out)),
-        draw(c.draw),
-        threshold(drop_threshold(c.p)),
-        kept(static_cast<Acc>(1.0 / (1.0 - c.p))),
-        philox(c.philox),
-        rank(s.rank),
-        expert_rank(s.expert_rank) {}
-
-  __device__ __forceinline__ Acc mask_of(int64_t expert) const {
-    if (mask != nullptr) return mask[expert];
-    if (!draw) return Acc(1);
-    const uint64_t seed = philox.seed_ptr != nullptr ? static_cast<uint64_t>(*philox.seed_ptr) : philox.seed;
-    const uint64_t offset =
-        philox.offset + (philox.offset_ptr != nullptr ? static_cast<uint64_t>(*philox.offset_ptr) : 0);
-    // Experts take the place of torch's threads: another stream each, at the generator's offset.
-    const uint32_t bits = alore::kernels::philox(seed, offset / 4, static_cast<uint64_t>(expert)).v[0];
-    return bits < threshold ? Acc(0) : kept;
-  }
-
-  // c of a rank row; 0 for rows of padding.
-  __device__ __forceinline__ Acc of(int64_t row) const {
-    if (row >= rank) return Acc(0);
-    return convert<Acc>(coeff[row / expert_rank]) * mask_of(row / expert_rank);
-  }
-
-  // By one block of the grid.
-  __device__ __forceinline__ void write_mask() const {
-    if (mask_out == nullptr) return;
-    for (int64_t e = threadIdx.x; e < rank / expert_rank; e += blockDim.x) mask_out[e] = mask_of(e);
-  }
-};
 
 // Calls f(Tag<T>, Tag<Factor>) for factors in the activations' dtype, or in float32 under 16-bit ones.
 template <typename F>
@@ -71,60 +24,12 @@ void dispatch_pair(const LoraShape& s, F&& f) {
 // One thread a uint4 of the packed factors, then of [weight | b c] where that is wanted.
 template <typename T, typename Factor, int kTiles>
 __global__ void __launch_bounds__(kThreadsPerBlock)
-    pack_kernel(int64_t in_features, int64_t out_features, const Factor* __restrict__ a,
-                const Factor* __restrict__ b, CoefficientArgs<Factor> coefficients,
-                uint4* __restrict__ packed, const uint4* __restrict__ weight, uint4* __restrict__ extended) {
-  constexpr int kWidth = 8 * kTiles;
-  __shared__ float c[kWidth];
-  if (threadIdx.x < kWidth) c[threadIdx.x] = coefficients.of(threadIdx.x);
+    pack_kernel(PackArgs<Factor> args, CoefficientArgs<Factor> coefficients) {
+  __shared__ float c[8 * kTiles];
+  if (threadIdx.x < 8 * kTiles) c[threadIdx.x] = coefficients.of(threadIdx.x);
   if (blockIdx.x == 0) coefficients.write_mask();
   __syncthreads();
-
-  const int64_t size_a = lora_chunks(in_features) * kTiles * 32,
-                size_b = lora_chunks(out_features) * kTiles * 32;
-  const int64_t index = blockIdx.x * int64_t{kThreadsPerBlock} + threadIdx.x;
-  const int64_t rank = coefficients.rank;
-  if (index >= 2 * (size_a + size_b)) {
-    const int64_t at = index - 2 * (size_a + size_b), per_row = in_features / 8, columns = per_row + kTiles;
-    if (extended == nullptr || at >= out_features * columns) return;
-    const int64_t row = at / columns, column = at % columns;
-    if (column < per_row) {
-      extended[at] = weight[row * per_row + column];
-      return;
-    }
-    float v[8];
-#pragma unroll
-    for (int k = 0; k < 8; ++k) {
-      const int64_t j = (column - per_row) * 8 + k;
-      v[k] = j < rank && c[j] != 0.0f ? c[j] * convert<float>(b[row * rank + j]) : 0.0f;
-    }
-    extended[at] = rounded_eight<T>(v);
-    return;
-  }
-  const bool is_a = index < 2 * size_a;
-  const int64_t in_factor = is_a ? index : index - 2 * size_a, size = is_a ? size_a : size_b;
-  const bool expands = in_factor >= size;
-  const int64_t within = expands ? in_factor - size : in_factor;
-  const int lane = static_cast<int>(within % 32);
-  const int tile = static_cast<int>(within / 32 % kTiles);
-  const int64_t first = within / (32 * kTiles) * kChunk, features = is_a ? in_features : out_features;
-
-  float v[8];
-#pragma unroll
-  for (int k = 0; k < 8; ++k) {
-    const FactorPlace place(expands, lane, k);
-    const int j = tile * 8 + place.row;
-    const int64_t feature = first + place.feature;
-    v[k] = 0.0f;
-    if (j >= rank || feature >= features) continue;
-    // A to reduce x keeps masked rows, whose code the coefficients' gradient needs.
-    if (is_a) {
-      if (!expands || c[j] != 0.0f) v[k] = convert<float>(a[j * in_features + feature]);
-    } else if (c[j] != 0.0f) {
-      v[k] = c[j] * convert<float>(b[feature * rank + j]);
-    }
-  }
-  packed[index] = rounded_eight<T>(v);
+  pack_vector<T, Factor, kTiles, int64_t>(args, c, blockIdx.x * int64_t{kThreadsPerBlock} + threadIdx.x);
 }
 
 // Row-major, for matrix products: a [width, in], b [out, width], effective [width].
@@ -198,9 +103,7 @@ __global__ void __launch_bounds__(kThreadsPerBlock)
 
 void lora_pack(const CudaContext& context, const LoraShape& s, Factors2 factors,
                const Coefficients& coefficients, void* packed, const void* weight, void* extended) {
-  const int64_t width = lora_code_width(s.activation, s.rank);
-  const int64_t vectors =
-      (lora_operand_elements(s) + (extended == nullptr ? 0 : s.out_features * (s.in_features + width))) / 8;
+  const int64_t vectors = pack_vectors(s, extended != nullptr);
   const auto blocks = static_cast<unsigned>((vectors + kThreadsPerBlock - 1) / kThreadsPerBlock);
   dispatch_fused(s, [&](auto tag, auto rank_tiles) {
     using T = typename decltype(tag)::type;
@@ -208,9 +111,7 @@ void lora_pack(const CudaContext& context, const LoraShape& s, Factors2 factors,
     const auto launch = [&](auto factor_tag) {
       using Factor = typename decltype(factor_tag)::type;
       pack_kernel<T, Factor, kTiles><<<blocks, kThreadsPerBlock, 0, context.stream>>>(
-          s.in_features, s.out_features, static_cast<const Factor*>(factors.a),
-          static_cast<const Factor*>(factors.b), CoefficientArgs<Factor>(s, coefficients),
-          static_cast<uint4*>(packed), static_cast<const uint4*>(weight), static_cast<uint4*>(extended));
+          PackArgs<Factor>(s, factors, packed, weight, extended), CoefficientArgs<Factor>(s, coefficients));
     };
     s.factor == DType::kFloat32 ? launch(Tag<float>{}) : launch(tag);
   });

@@ -18,16 +18,16 @@ struct NormLoraShape {
   DType affine = DType::kFloat32;  // of the norm's weight and bias
 };
 
-// One launch forward; backward two over grad_out's half (lora_output_backward) and two over x's. bfloat16
-// alone, W too: R = rstd * grad_code, which backward rounds, needs its range.
+// One launch forward. Backward one over grad_out, the base product, one over x, and one that adds up the sums
+// of both. bfloat16 alone, W too: R = rstd * grad_code, which backward rounds, needs its range.
 struct NormLoraPlan {
   bool fused = false;
   const char* reason = "";  // why not, where it is not
   LoraPlan linear;          // fused: its backward is staged
   int forward_blocks = 0, forward_shared_bytes = 0;
   int backward_blocks = 0, backward_shared_bytes = 0;
-  bool overlaps_launches = false;     // backward: the second launch begins while the first ends
-  size_t backward_partial_bytes = 0;  // of norm_lora_backward's partial sums
+  bool overlaps_launches = false;  // each begins while the one before ends (9.0 and later)
+  size_t workspace_bytes = 0;      // backward
 
   std::string to_string() const;
 };
@@ -52,33 +52,43 @@ namespace alore::kernels {
 struct NormLoraForwardArgs {
   const void* x = nullptr;  // [num_tokens, in_features], 16-byte aligned
   AloreNormArgs norm;
-  const void* a = nullptr;                 // [rank, in_features], factor type, contiguous
+  Factors2 factors;
+  Coefficients coefficients;
+  const void* weight = nullptr;            // [out_features, in_features], 16-byte aligned
   void* extended = nullptr;                // [num_tokens, in_features + 8]: n | code
+  void* extended_weight = nullptr;         // [out_features, in_features + 8]: W | B c
+  void* packed = nullptr;                  // as lora_pack writes it
   void* code = nullptr;                    // [num_tokens, 8]: n A^T, columns from `rank` on 0
   float *mean = nullptr, *rstd = nullptr;  // [num_tokens]
 };
 
-// Overwrites extended, code, mean and rstd. Needs a plan that is fused.
+// Overwrites extended, extended_weight, packed, code, mean, rstd and the coefficients' mask_out. Needs a plan
+// that is fused.
 void norm_lora_forward(const CudaContext& context, const NormLoraShape& shape, const NormLoraPlan& plan,
                        const NormLoraForwardArgs& args);
 
 struct NormLoraBackwardArgs {
-  const void* grad_normalised =
-      nullptr;  // [num_tokens, in_features]: through the base product; null without grad_x
-  const void* grad_code = nullptr;  // [num_tokens, 8]: grad_out (B c), masked columns 0
+  const void* grad_out = nullptr;         // [num_tokens, out_features]
+  const void* grad_normalised = nullptr;  // [num_tokens, in_features]: grad_out W; null without grad_x
   const void* x = nullptr;
   AloreNormArgs norm;
   const float *mean = nullptr, *rstd = nullptr;
-  const void* a = nullptr;
-  const void* code = nullptr;  // as forward left it
-  Coefficients coefficients;   // rows of A whose c is 0 get gradients of exactly 0
-  void* grad_x = nullptr;      // [num_tokens, in_features] or null
-  void* grad_a = nullptr;      // [rank, in_features], factor type
-  void* partial = nullptr;     // [plan.backward_partial_bytes]
+  Factors2 factors;
+  Coefficients coefficients;
+  const void *packed = nullptr, *code = nullptr;  // as forward left them
+  void* grad_code = nullptr;                      // [num_tokens, 8]: grad_out (B c), masked columns 0
+  void* grad_x = nullptr;                         // [num_tokens, in_features] or null
+  LoraGradients gradients;
+  void* workspace = nullptr;  // [plan.workspace_bytes], 16-byte aligned
 };
 
-// With dn = grad_normalised + grad_code A: grad_x through the norm, grad_a = grad_code^T n. Sums in a fixed
-// order. Overwrites grad_x and grad_a. Needs a plan that is fused.
+// The half that reads grad_out: overwrites grad_code. Needs a plan that is fused.
+void norm_lora_output_backward(const CudaContext& context, const NormLoraShape& shape,
+                               const NormLoraPlan& plan, const NormLoraBackwardArgs& args);
+
+// The half that reads x, behind the other and the base product. With dn = grad_normalised + grad_code A:
+// grad_x is its gradient through the norm, grad a = grad_code^T n; grad b and grad coeff as lora.h has them.
+// Sums in a fixed order. Overwrites grad_x and the gradients.
 void norm_lora_backward(const CudaContext& context, const NormLoraShape& shape, const NormLoraPlan& plan,
                         const NormLoraBackwardArgs& args);
 

@@ -7,9 +7,9 @@
 //   g    = rstd * weight * (grad_normalised + grad_code A) = rstd * weight * grad_normalised + R D
 // The means over a row need no g: A's part of them is a sum over the code, of R * sum(D) and R * (code - A
 // bias).
+#include "kernels/lora_finish.cuh"
 #include "kernels/norm_lora.cuh"
 #include "kernels/partial_sums.cuh"
-#include "kernels/rank_scale.cuh"
 
 namespace alore::kernels {
 namespace {
@@ -265,28 +265,47 @@ template <typename T, int kIndex>  // of kPipelinedBackward
 __global__ void __launch_bounds__(PipelinedSizes(kPipelinedBackward[kIndex]).threads, 1)
     norm_lora_backward_kernel(const __grid_constant__ BackwardParams<T> p) {
   extern __shared__ __align__(128) unsigned char shared[];
+  wait_for_launches_before();
   // Not compiled where no block may have that much shared memory: no plan chooses it there.
   if constexpr (NormLoraBackwardLayout(kPipelinedBackward[kIndex]).bytes <= kMostSharedBytes)
     NormLoraBackward<T, kPipelinedBackward[kIndex]>(p, shared).run();
 }
 
-// Rows of A whose c is 0 are exactly 0, even where an activation was not finite.
+// The first `blocks_a` blocks add up d(A), of which rows whose c is 0 are exactly 0 even where an activation
+// was not finite; the others a unit of d(B) each, and the coefficients' gradients.
 template <typename T, typename Factor>
-__global__ void __launch_bounds__(kSumEntries* kSumLanes)
-    norm_lora_reduce_kernel(const float* partial, int blocks, int dim, RankScale scale, Factor* grad_a) {
-  const int entries = scale.rank * dim, i = blockIdx.x * kSumEntries + threadIdx.x;
+__global__ void __launch_bounds__(kSumThreads)
+    norm_lora_finish_kernel(const float* partial, int blocks, int blocks_a,
+                            const __grid_constant__ FinishArgs args, const Factor* b, Factor* grad_a,
+                            Factor* grad_b, Factor* grad_coeff) {
+  wait_for_launches_before();
+  if (static_cast<int>(blockIdx.x) >= blocks_a) {
+    finish_unit<T, Factor, 1, kSumThreads / 32>(args, blockIdx.x - blocks_a, b, nullptr, grad_b, grad_coeff);
+    return;
+  }
+  const int dim = static_cast<int>(args.in_features), entries = args.scale.rank * dim;
+  const int i = blockIdx.x * kSumEntries + threadIdx.x;
   const float sum = sum_partials(partial, blocks, entries);
   if (threadIdx.x >= kSumEntries || i >= entries) return;
-  grad_a[i] = convert<Factor>(scale.template at<T>(i / dim) == 0.0f ? 0.0f : sum);
+  grad_a[i] = convert<Factor>(args.scale.template at<T>(i / dim) == 0.0f ? 0.0f : sum);
 }
 
 }  // namespace
+
+void norm_lora_output_backward(const CudaContext& context, const NormLoraShape& s, const NormLoraPlan& plan,
+                               const NormLoraBackwardArgs& a) {
+  if (!plan.fused) throw std::runtime_error("norm_lora_output_backward: the plan is not fused");
+  lora_output_backward(context, s.linear, plan.linear, rank_scale(s.linear, a.coefficients), a.packed,
+                       a.grad_out, a.code, a.grad_code, plan.overlaps_launches, a.workspace);
+}
 
 void norm_lora_backward(const CudaContext& context, const NormLoraShape& s, const NormLoraPlan& plan,
                         const NormLoraBackwardArgs& a) {
   if (!plan.fused) throw std::runtime_error("norm_lora_backward: the plan is not fused");
   using T = __nv_bfloat16;
   const LoraShape& linear = s.linear;
+  auto* const partial =
+      reinterpret_cast<float*>(static_cast<unsigned char*>(a.workspace) + plan.linear.workspace_bytes);
   const BackwardParams<T> params{linear.num_tokens,
                                  static_cast<const T*>(a.grad_x == nullptr ? a.x : a.grad_normalised),
                                  static_cast<const T*>(a.x),
@@ -295,26 +314,28 @@ void norm_lora_backward(const CudaContext& context, const NormLoraShape& s, cons
                                  a.mean,
                                  a.rstd,
                                  {a.norm.weight, a.norm.bias, s.affine},
-                                 {a.a, linear.factor, static_cast<int>(linear.rank)},
+                                 {a.factors.a, linear.factor, static_cast<int>(linear.rank)},
                                  static_cast<T*>(a.grad_x),
-                                 static_cast<float*>(a.partial)};
+                                 partial};
   dispatch_width<kPipelinedBackward>(linear.in_features, [&](auto index) {
     const auto kernel = norm_lora_backward_kernel<T, decltype(index)::value>;
-    constexpr int kThreads = PipelinedSizes(kPipelinedBackward[decltype(index)::value]).threads;
     static SharedMemoryGrants grants;
     grants.allow(reinterpret_cast<const void*>(kernel), plan.backward_shared_bytes, "norm_lora_backward");
-    kernel<<<plan.backward_blocks, kThreads, plan.backward_shared_bytes, context.stream>>>(params);
-    check_launch("norm_lora_backward");
+    launch_overlapping(kernel, context, plan.backward_blocks,
+                       PipelinedSizes(kPipelinedBackward[decltype(index)::value]).threads,
+                       plan.backward_shared_bytes, plan.overlaps_launches, "norm_lora_backward", params);
   });
-  const auto reduce = [&](auto tag) {
+  const FinishArgs finish(linear, plan.linear, rank_scale(linear, a.coefficients), false, a.workspace);
+  const int blocks_a = sum_blocks(linear.rank * linear.in_features);
+  const auto launch = [&](auto tag) {
     using Factor = typename decltype(tag)::type;
-    launch_sums(norm_lora_reduce_kernel<T, Factor>, context,
-                static_cast<int>(linear.rank * linear.in_features), plan.overlaps_launches,
-                "norm_lora_reduce", static_cast<const float*>(params.partial), plan.backward_blocks,
-                static_cast<int>(linear.in_features), rank_scale(linear, a.coefficients),
-                static_cast<Factor*>(a.grad_a));
+    launch_overlapping(norm_lora_finish_kernel<T, Factor>, context, blocks_a + finish.units(), kSumThreads, 0,
+                       plan.overlaps_launches, "norm_lora_finish", static_cast<const float*>(partial),
+                       plan.backward_blocks, blocks_a, finish, static_cast<const Factor*>(a.factors.b),
+                       static_cast<Factor*>(a.gradients.a), static_cast<Factor*>(a.gradients.b),
+                       static_cast<Factor*>(a.gradients.coeff));
   };
-  linear.factor == DType::kFloat32 ? reduce(Tag<float>{}) : reduce(Tag<T>{});
+  linear.factor == DType::kFloat32 ? launch(Tag<float>{}) : launch(Tag<T>{});
 }
 
 }  // namespace alore::kernels

@@ -1,13 +1,15 @@
-// n = layer_norm(x) and its code n A^T, beside each other as the base product's operand, in one pass over x.
+// n = layer_norm(x) and its code n A^T, beside each other as the base product's operand, in one pass over x;
+// and the product's other operand [W | B c], with this step's mask.
 //
 // A team of warps has three tiles of 16 * row_tiles tokens in shared memory (run_stages). Statistics and
 // codes are products of x as it was read; n is made on the way out, 16 bytes a lane.
+#include "kernels/lora_pack.cuh"
 #include "kernels/norm_lora.cuh"
 
 namespace alore::kernels {
 namespace {
 
-template <typename T>
+template <typename T, typename Factor>
 struct ForwardParams {
   int64_t num_tokens;
   const T* x;
@@ -16,16 +18,19 @@ struct ForwardParams {
   CodeFactor factor;
   T *extended, *code;
   float *mean, *rstd;
+  PackArgs<Factor> pack;
+  CoefficientArgs<Factor> coefficients;
+  int pack_vectors;
 };
 
-template <typename T, PipelinedShape kShape>
+template <typename T, typename Factor, PipelinedShape kShape>
 class NormLoraForward {
   static constexpr NormLoraForwardLayout kL{kShape};
   static constexpr CodeImages kI = kL.images;
   static constexpr int kDim = kL.dim, kItems = kL.items, kRowBytes = kL.row_stride * 2;
   static constexpr int kCodeSize = kTileRows * kCodeColumns, kExtended = kDim + kCodeColumns;
 
-  const ForwardParams<T>& p;
+  const ForwardParams<T, Factor>& p;
   unsigned char* shared;
   const int thread, team;  // of the team; of the block
   unsigned char* own;      // the team's part of the memory
@@ -41,7 +46,7 @@ class NormLoraForward {
   }
 
  public:
-  __device__ NormLoraForward(const ForwardParams<T>& params, unsigned char* memory)
+  __device__ NormLoraForward(const ForwardParams<T, Factor>& params, unsigned char* memory)
       : p(params),
         shared(memory),
         thread(threadIdx.x % kL.threads),
@@ -52,16 +57,23 @@ class NormLoraForward {
         row_tile(warp / kL.per_row_tile),
         first_group(warp % kL.per_row_tile * kItems) {}
 
-  __device__ __forceinline__ void run() {
+  // `c` is [8] of shared memory.
+  __device__ __forceinline__ void run(float* c) {
+    if (threadIdx.x < kCodeColumns) c[threadIdx.x] = p.coefficients.of(threadIdx.x);
+    if (blockIdx.x == 0) p.coefficients.write_mask();
     const int64_t count = (p.num_tokens + kL.rows - 1) / kL.rows, step = int64_t{gridDim.x} * kL.teams;
     static_assert(CodeImages::scratch_bytes(kDim) <= kL.stage_bytes);
-    run_stages<kL.stage_bytes>(*this, int64_t{blockIdx.x} * kL.teams + team, count, step, kL.stages,
-                               [&](int) {
-                                 // The first team's third stage: all teams make the images together.
-                                 auto* scratch = image<float>(kL.first_team + kL.stages + 2 * kL.stage_bytes);
-                                 make_code_images<T, kDim, kL.threads * kL.teams>(
-                                     shared, scratch, p.factor, p.affine, [](int, float) {});
-                               });
+    run_stages<kL.stage_bytes>(
+        *this, int64_t{blockIdx.x} * kL.teams + team, count, step, kL.stages, [&](int) {
+          // The first team's third stage: all teams make the images together.
+          auto* scratch = image<float>(kL.first_team + kL.stages + 2 * kL.stage_bytes);
+          make_code_images<T, kDim, kL.threads * kL.teams>(shared, scratch, p.factor, p.affine,
+                                                           [](int, float) {});
+          const int threads = gridDim.x * blockDim.x;
+#pragma unroll 3
+          for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < p.pack_vectors; i += threads)
+            pack_vector<T, Factor, 1, int>(p.pack, c, i);
+        });
   }
 
   // The steps of run_stages.
@@ -165,14 +177,16 @@ class NormLoraForward {
   }
 };
 
-template <typename T, int kIndex>  // of kPipelinedForward
+template <typename T, typename Factor, int kIndex>  // of kPipelinedForward
 __global__ void __launch_bounds__(
     PipelinedSizes(kPipelinedForward[kIndex]).threads* kPipelinedForward[kIndex].teams, 1)
-    norm_lora_forward_kernel(const __grid_constant__ ForwardParams<T> p) {
+    norm_lora_forward_kernel(const __grid_constant__ ForwardParams<T, Factor> p) {
   extern __shared__ __align__(128) unsigned char shared[];
+  __shared__ float c[kCodeColumns];
+  wait_for_launches_before();
   // Not compiled where no block may have that much shared memory: no plan chooses it there.
   if constexpr (NormLoraForwardLayout(kPipelinedForward[kIndex]).bytes <= kMostSharedBytes)
-    NormLoraForward<T, kPipelinedForward[kIndex]>(p, shared).run();
+    NormLoraForward<T, Factor, kPipelinedForward[kIndex]>(p, shared).run(c);
 }
 
 }  // namespace
@@ -182,24 +196,32 @@ void norm_lora_forward(const CudaContext& context, const NormLoraShape& s, const
   if (!plan.fused) throw std::runtime_error("norm_lora_forward: the plan is not fused");
   if (s.linear.num_tokens == 0) return;
   using T = __nv_bfloat16;
-  const ForwardParams<T> params{s.linear.num_tokens,
-                                static_cast<const T*>(a.x),
-                                {a.norm.weight, a.norm.bias, s.affine},
-                                a.norm.eps,
-                                {a.a, s.linear.factor, static_cast<int>(s.linear.rank)},
-                                static_cast<T*>(a.extended),
-                                static_cast<T*>(a.code),
-                                a.mean,
-                                a.rstd};
-  dispatch_width<kPipelinedForward>(s.linear.in_features, [&](auto index) {
-    constexpr PipelinedShape kShape = kPipelinedForward[decltype(index)::value];
-    const auto kernel = norm_lora_forward_kernel<T, decltype(index)::value>;
-    static SharedMemoryGrants grants;
-    grants.allow(reinterpret_cast<const void*>(kernel), plan.forward_shared_bytes, "norm_lora_forward");
-    constexpr int kThreads = PipelinedSizes(kShape).threads * kShape.teams;
-    kernel<<<plan.forward_blocks, kThreads, plan.forward_shared_bytes, context.stream>>>(params);
-    check_launch("norm_lora_forward");
-  });
+  const LoraShape& linear = s.linear;
+  const auto launch = [&](auto tag) {
+    using Factor = typename decltype(tag)::type;
+    const ForwardParams<T, Factor> params{
+        linear.num_tokens,
+        static_cast<const T*>(a.x),
+        {a.norm.weight, a.norm.bias, s.affine},
+        a.norm.eps,
+        {a.factors.a, linear.factor, static_cast<int>(linear.rank)},
+        static_cast<T*>(a.extended),
+        static_cast<T*>(a.code),
+        a.mean,
+        a.rstd,
+        PackArgs<Factor>(linear, a.factors, a.packed, a.weight, a.extended_weight),
+        CoefficientArgs<Factor>(linear, a.coefficients),
+        static_cast<int>(pack_vectors(linear, true))};
+    dispatch_width<kPipelinedForward>(linear.in_features, [&](auto index) {
+      constexpr PipelinedShape kShape = kPipelinedForward[decltype(index)::value];
+      const auto kernel = norm_lora_forward_kernel<T, Factor, decltype(index)::value>;
+      static SharedMemoryGrants grants;
+      grants.allow(reinterpret_cast<const void*>(kernel), plan.forward_shared_bytes, "norm_lora_forward");
+      launch_overlapping(kernel, context, plan.forward_blocks, PipelinedSizes(kShape).threads * kShape.teams,
+                         plan.forward_shared_bytes, plan.overlaps_launches, "norm_lora_forward", params);
+    });
+  };
+  linear.factor == DType::kFloat32 ? launch(Tag<float>{}) : launch(Tag<T>{});
 }
 
 }  // namespace alore::kernels

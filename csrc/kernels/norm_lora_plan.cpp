@@ -44,12 +44,13 @@ NormLoraPlan plan_norm_lora(const NormLoraShape& shape, const DeviceLimits& devi
   if (std::max(forward_layout.bytes, backward_layout.bytes) > device.shared_per_block)
     return refuse("the tiles do not fit a block's shared memory");
   plan.fused = true;
-  plan.forward_blocks = blocks_of(s.num_tokens, forward_layout.rows * forward->teams, device);
+  plan.forward_blocks = device.num_sms;  // they copy W as well
   plan.forward_shared_bytes = forward_layout.bytes;
   plan.backward_blocks = blocks_of(s.num_tokens, backward_layout.rows, device);
   plan.backward_shared_bytes = backward_layout.bytes;
   plan.overlaps_launches = device.capability >= 90;
-  plan.backward_partial_bytes = static_cast<size_t>(plan.backward_blocks * s.rank * s.in_features) * 4;
+  plan.workspace_bytes =
+      plan.linear.workspace_bytes + static_cast<size_t>(plan.backward_blocks * s.rank * s.in_features) * 4;
   return plan;
 }
 
@@ -63,7 +64,7 @@ std::string NormLoraPlan::to_string() const {
       << ", forward_shared_bytes=" << forward_shared_bytes << ", backward_blocks=" << backward_blocks
       << ", backward_shared_bytes=" << backward_shared_bytes
       << ", overlaps_launches=" << (overlaps_launches ? "True" : "False")
-      << ", backward_partial_bytes=" << backward_partial_bytes << ")";
+      << ", workspace_bytes=" << workspace_bytes << ")";
   return out.str();
 }
 

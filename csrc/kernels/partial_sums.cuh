@@ -9,12 +9,12 @@ namespace alore::kernels {
 inline constexpr int kSumEntries = 32, kSumLanes = 16;
 
 // Entry kSumEntries * blockIdx.x + threadIdx.x % kSumEntries, [blocks, entries] summed over blocks in a fixed
-// order; valid in the first kSumEntries threads. To be called by all threads of a block.
+// order; valid in the first kSumEntries threads. To be called by all threads of a block, behind
+// wait_for_launches_before.
 __device__ __forceinline__ float sum_partials(const float* partial, int blocks, int entries) {
   __shared__ float sums[kSumLanes][kSumEntries];
   const int x = threadIdx.x % kSumEntries, y = threadIdx.x / kSumEntries;
   const int i = blockIdx.x * kSumEntries + x;
-  wait_for_launches_before();
   float sum = 0.0f;
   if (i < entries) {
 #pragma unroll 9
@@ -29,21 +29,8 @@ __device__ __forceinline__ float sum_partials(const float* partial, int blocks, 
   return sum;
 }
 
-// Launches kernel(args...) over `entries`. Where `overlaps`, while the last launch's blocks end: this one's
-// wait in sum_partials.
-template <typename... Params, typename... Args>
-void launch_sums(void (*kernel)(Params...), const CudaContext& context, int entries, bool overlaps,
-                 const char* what, Args... args) {
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>((entries + kSumEntries - 1) / kSumEntries));
-  config.blockDim = dim3(kSumEntries * kSumLanes);
-  config.stream = context.stream;
-  config.attrs = &attribute;
-  config.numAttrs = overlaps ? 1 : 0;
-  check(cudaLaunchKernelEx(&config, kernel, args...), what);
-}
+// Blocks of a launch that sums `entries`, and their threads.
+inline int sum_blocks(int64_t entries) { return static_cast<int>((entries + kSumEntries - 1) / kSumEntries); }
+inline constexpr int kSumThreads = kSumEntries * kSumLanes;
 
 }  // namespace alore::kernels

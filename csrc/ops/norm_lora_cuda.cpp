@@ -39,17 +39,19 @@ NormLoraOutputs forward_fused(const NormLoraCall& call, const kernels::NormLoraS
                           at::empty(leading, sums)};
   const LoraOperands operands(LoraCall(x, weight, call.bias, call.lora_a, call.lora_b, call.coeff), mask);
   const kernels::CudaContext context = stream_context();
+  const Tensor extended_weight = at::empty({s.out_features, s.in_features + width}, weight.options());
   kernels::norm_lora_forward(context, shape, plan,
                              {.x = read(x),
                               .norm = norm_args(call, norm_weight, norm_bias),
-                              .a = read(operands.a),
+                              .factors = operands.factors(),
+                              .coefficients = operands.coefficients,
+                              .weight = read(weight),
                               .extended = write(extended),
+                              .extended_weight = write(extended_weight),
+                              .packed = write(o.operand),
                               .code = write(o.code),
                               .mean = floats(o.mean),
                               .rstd = floats(o.rstd)});
-  const Tensor extended_weight = at::empty({s.out_features, s.in_features + width}, weight.options());
-  kernels::lora_pack(context, s, operands.factors(), operands.coefficients, write(o.operand), read(weight),
-                     write(extended_weight));
   NormLoraOutputs whole = o;
   whole.out = at::linear(extended.view({tokens, s.in_features + width}), extended_weight, call.bias)
                   .view(sized(s.out_features));
@@ -71,31 +73,31 @@ Grads8 backward_fused(const NormLoraCall& call, const kernels::NormLoraShape& sh
                grad_b = at::empty(call.lora_b.sizes(), call.lora_b.options()),
                grad_coeff = at::empty(call.coeff.sizes(), call.coeff.options());
   const Tensor grad_code = at::empty({s.num_tokens, plan.linear.code_width}, x.options());
-  const Tensor workspace = bytes(std::max(plan.linear.workspace_bytes, plan.backward_partial_bytes), x);
+  const Tensor workspace = bytes(plan.workspace_bytes, x);
+  const Tensor mean = saved.mean.contiguous(), rstd = saved.rstd.contiguous();
   const kernels::CudaContext context = stream_context();
-  kernels::lora_output_backward(context, s, plan.linear, operands.factors(), operands.coefficients,
-                                read(packed), read(grad_out), read(code), write(grad_code),
-                                {.b = write(grad_b), .coeff = write(grad_coeff)}, write(workspace));
+  kernels::NormLoraBackwardArgs args{.grad_out = read(grad_out),
+                                     .x = read(x),
+                                     .norm = norm_args(call, norm_weight, norm_bias),
+                                     .mean = static_cast<const float*>(read(mean)),
+                                     .rstd = static_cast<const float*>(read(rstd)),
+                                     .factors = operands.factors(),
+                                     .coefficients = operands.coefficients,
+                                     .packed = read(packed),
+                                     .code = read(code),
+                                     .grad_code = write(grad_code),
+                                     .gradients = {write(grad_a), write(grad_b), write(grad_coeff)},
+                                     .workspace = write(workspace)};
+  kernels::norm_lora_output_backward(context, shape, plan, args);
   Tensor grad_x, grad_normalised;
   if (wanted[0]) {
     grad_normalised = at::mm(grad_out, call.weight);
     if (saved.grad_normalised.defined()) grad_normalised.add_(flatten_tokens(saved.grad_normalised));
     grad_x = at::empty_like(x);
+    args.grad_normalised = read(grad_normalised);
+    args.grad_x = write(grad_x);
   }
-  const Tensor mean = saved.mean.contiguous(), rstd = saved.rstd.contiguous();
-  kernels::norm_lora_backward(context, shape, plan,
-                              {.grad_normalised = read(grad_normalised),
-                               .grad_code = read(grad_code),
-                               .x = read(x),
-                               .norm = norm_args(call, norm_weight, norm_bias),
-                               .mean = static_cast<const float*>(read(mean)),
-                               .rstd = static_cast<const float*>(read(rstd)),
-                               .a = read(operands.a),
-                               .code = read(code),
-                               .coefficients = operands.coefficients,
-                               .grad_x = write(grad_x),
-                               .grad_a = write(grad_a),
-                               .partial = write(workspace)});
+  kernels::norm_lora_backward(context, shape, plan, args);
   Grads8 grads;
   if (wanted[0]) grads[0] = grad_x.view(call.x.sizes());
   if (wanted[4]) grads[4] = grad_out.sum(0);

@@ -83,8 +83,13 @@ def apart(model):
     return twin
 
 
+def distance(a, b):
+    """Relative to b; 0 where both are 0."""
+    return ((a.float() - b.float()).norm() / b.float().norm().clamp_min(1e-30)).item()
+
+
 def close(a, b):
-    return ((a - b).float().norm() / b.float().norm()).item() < 0.02
+    return distance(a, b) < 0.02
 
 
 class TestAhead:
@@ -116,15 +121,20 @@ class TestAhead:
 
     @pytest.mark.parametrize("config", CONFIGS, ids=["qkv", "qkv+fc1", "lora"])
     def test_a_step_is_that_of_the_two_apart(self, config, x, counts):
+        """As far from the step in float32, under the same masks, as the two apart are."""
         model = vit("cuda", torch.bfloat16, config)
-        twin = apart(model)
         logits, grads = step(model, x)
         assert counts["ahead"] > 0 == counts["alone"]
-        expected, expected_grads = step(twin, x)
-        assert close(logits, expected)
-        assert grads.keys() == expected_grads.keys()
+        twin_logits, twin_grads = step(apart(model), x)
+        exact_logits, exact_grads = step(apart(model).float(), x.float())
+        assert grads.keys() == exact_grads.keys()
+        assert distance(logits, exact_logits) <= 2 * distance(twin_logits, exact_logits)
         for name, grad in grads.items():
-            assert close(grad, expected_grads[name]), name
+            few = name.endswith("coeff")  # of few numbers, an error is partly chance
+            allowed = (5 if few else 2) * distance(twin_grads[name], exact_grads[name]) + 0.01
+            assert distance(grad, exact_grads[name]) <= allowed, name
+            if name.endswith("lora_a"):
+                assert torch.equal(grad.count_nonzero(1) == 0, exact_grads[name].count_nonzero(1) == 0), name
 
     def test_nothing_of_the_norms_output_is_kept(self, x):
         model = vit("cuda", torch.bfloat16)
@@ -138,7 +148,8 @@ class TestAhead:
 
         ahead, alone = held(model)[0], held(apart(model))[0]
         activation = 512 * 17 * 128 * 2
-        assert alone - ahead >= 2.5 * activation  # three blocks; the code takes a sixteenth of one each
+        # Of three blocks the first keeps its input instead: its norm alone, with no gradient to pass on, keeps nothing.
+        assert alone - ahead >= 1.9 * activation
 
     def test_hooks_see_the_norms_output(self, x):
         model = vit("cuda", torch.bfloat16)

@@ -259,7 +259,7 @@ class TestPlan:
         assert plan.fused and plan.overlaps_launches
         assert plan.linear.backward == "staged"
         assert plan.forward_blocks == plan.backward_blocks == 132
-        assert plan.backward_partial_bytes == 132 * 8 * 768 * 4
+        assert plan.workspace_bytes == plan.linear.workspace_bytes + 132 * 8 * 768 * 4
         assert max(plan.forward_shared_bytes, plan.backward_shared_bytes) <= 227 * 1024
         assert "fused=True" in repr(plan)
 
