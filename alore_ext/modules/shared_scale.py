@@ -41,7 +41,8 @@ class HandOut:
 
 def take_back(root: nn.Module, args: tuple, output: object) -> None:
     """The root's forward hook, called after errors too."""
-    root.__dict__.pop(_VIEWS, None)
+    if not torch.compiler.is_compiling():  # then none were handed out
+        root.__dict__.pop(_VIEWS, None)
 
 
 def start_sharing(root: nn.Module, count: int) -> None:

@@ -131,7 +131,7 @@ class TestAhead:
         assert distance(logits, exact_logits) <= 2 * distance(twin_logits, exact_logits)
         for name, grad in grads.items():
             few = name.endswith("coeff")  # of few numbers, an error is partly chance
-            allowed = (5 if few else 2) * distance(twin_grads[name], exact_grads[name]) + 0.01
+            allowed = 2 * distance(twin_grads[name], exact_grads[name]) + (0.05 if few else 0.01)
             assert distance(grad, exact_grads[name]) <= allowed, name
             if name.endswith("lora_a"):
                 assert torch.equal(grad.count_nonzero(1) == 0, exact_grads[name].count_nonzero(1) == 0), name
@@ -141,6 +141,7 @@ class TestAhead:
         x = x[:1].expand(512, -1, -1, -1)
 
         def held(model):
+            model(x)  # whatever is allocated once
             torch.cuda.synchronize()
             before = torch.cuda.memory_allocated()
             out = model(x)

@@ -19,6 +19,7 @@ from alore_ext import ops, reference
 KRON = ("kron_linear_grouped", "alore_grouped", "layer_norm_alore_grouped")
 LORA = "masked_lora_linear_grouped"
 OPS = (*KRON, LORA)
+FOLDERS = [str(folder) for folder in Path(__file__).parents[:2]]  # of this file's imports, for another process
 ADAPTERS = {**dict.fromkeys(KRON, ("scale", "down", "up")), LORA: ("lora_a", "lora_b", "coeff")}
 
 # Adapters of (num_experts, s, rank) by embed_dim; of R for the low-rank linear. The first two sets are fused on CUDA in
@@ -403,7 +404,7 @@ def test_which_shapes_are_fused(op, device):
 def test_an_index_out_of_range_stops_the_kernel(op, dtype, value, device):
     """In a process of its own: the device's context is lost."""
     code = (
-        f"import sys, torch; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_grouped as t\n"
+        f"import sys, torch; sys.path[:0] = {FOLDERS}; import test_grouped as t\n"
         f"args = t.grouped_args('{op}', dtype=torch.{dtype}, device='cuda'); torch.cuda.synchronize()\n"
         f"args['index'][4] = {value}; print('made')\n"
         f"t.ops.{op}(*args.values()); torch.cuda.synchronize(); print('ran')"
