@@ -17,219 +17,60 @@
 //   sum_j weight_j (dZ down^T)_j = sum_w dZ_w (weight @ down)_w
 //   sum_j n_j weight_j (dZ down^T)_j = sum_w dZ_w (Z - bias @ down)_w          since base = n * weight + bias
 // so that d(base) is made once, in the last step.
+#include "kernels/alore_bwd_tiles.cuh"
 #include "kernels/alore_fused.cuh"
-#include "kernels/alore_tile.cuh"
 
 namespace alore::kernels {
 namespace {
 
-template <typename In, typename Out>
-struct BackwardParams {
-  int64_t num_tokens;
-  AdapterDims dims;
-  BackwardLayout layout;
-  int log_width;  // padded_width = 1 << log_width
-  FactorSource factors;
-  int row_tiles, stages, key_splits, parts;
-  bool norm, add_base;
-  const Out* grad_out;
-  const In *x, *grad_sum;
-  const void *weight, *bias;
-  DType affine;
-  const float *mean, *rstd;
-  DropoutMask dropout;
-  In* grad_x;
-  float* partial;  // [blocks, scale | down | up]
-};
-
-template <typename Out>
-__device__ __forceinline__ uint4 dropped(const uint4& grad, const DropoutMask& mask, int64_t element) {
-  const Eight m = mask.at(element);
-  Eight e = unpack8<Out>(grad);
-#pragma unroll
-  for (int j = 0; j < 8; ++j) e.v[j] = m.v[j] > 0 ? e.v[j] * m.v[j] : 0.0f;
-  return pack8<Out>(e);
-}
-
-// Sums over 16 or 32 neighbouring lanes.
-__device__ __forceinline__ float lanes_sum(float v, bool all) {
-#pragma unroll
-  for (int offset = 8; offset > 0; offset /= 2) v += __shfl_xor_sync(0xffffffffu, v, offset);
-  if (all) v += __shfl_xor_sync(0xffffffffu, v, 16);
-  return v;
-}
-
-// Rows that lie one after the other in global memory, into shared rows `stride` elements apart; rows from
-// live_rows on become zeros. Sixteen bytes a thread at a time.
-template <typename T>
-__device__ __forceinline__ void copy_rows(T* to, int stride, const T* from, int rows, int live_rows,
-                                          int pieces) {
-  constexpr int kPiece = 16 / sizeof(T);
-  const FastDivide by_row(pieces);
-#pragma unroll 1
-  for (int i = threadIdx.x; i < rows * pieces; i += blockDim.x) {
-    const int row = by_row.quotient(i), column = (i - row * pieces) * kPiece;
-    const bool live = row < live_rows;
-    copy_async_16(to + row * stride + column, from + (live ? i * kPiece : 0), live);
-  }
-}
-
-constexpr int max_threads(int max_blocks) { return max_blocks > 4 ? 256 : 384; }
-
-// What a kernel is compiled for, as in alore_fwd.cu: the fast paths fix kBlocks blocks of whole groups, one
-// code tile and no dropout.
-enum class Path { kNorm, kBare, kGeneral };
-
+// One block's work: the kernel runs the steps, each of which is a method.
 template <typename In, typename Out, int kBlocks, int kItems, Path kPath>
-__global__ void __launch_bounds__(max_threads(kBlocks), 1)
-    alore_backward_kernel(const __grid_constant__ BackwardParams<In, Out> p) {
-  extern __shared__ __align__(128) unsigned char shared[];
-  constexpr bool kWide = std::is_same_v<In, float>, kFast = kPath != Path::kGeneral;
-  const AdapterDims& d = p.dims;
-  const bool norm = kFast ? kPath == Path::kNorm : p.norm;
-  const bool add_base = kPath == Path::kNorm || p.add_base;
-  const bool drops = !kFast && p.dropout.seed != nullptr;
-  const int num_blocks = kFast ? kBlocks : d.num_blocks, code_tiles = kFast ? 1 : d.code_tiles;
-  const int padded = kFast ? kCodeTile : d.padded_width, code_stride = kFast ? kCodeTile + 8 : d.code_stride;
-  const int log_width = kFast ? 4 : p.log_width;
-  const BackwardLayout& layout = p.layout;
-  const auto at = [&](int offset) { return shared + offset; };
-  auto* down = reinterpret_cast<Out*>(at(layout.down));
-  auto* up = reinterpret_cast<Out*>(at(layout.up));
-  auto* down_out = reinterpret_cast<Out*>(at(layout.down_out));
-  auto* mixing = reinterpret_cast<float*>(at(layout.mixing));
-  auto* weight = reinterpret_cast<float*>(at(layout.weight));
-  auto* bias = reinterpret_cast<float*>(at(layout.bias));
-  auto* affine_image =
-      reinterpret_cast<Out*>(at(layout.affine_image));  // [weight, its rest, bias, its rest][columns]
-  auto* down_weight = reinterpret_cast<float*>(at(layout.down_weight));
-  auto* down_bias = reinterpret_cast<float*>(at(layout.down_bias));
-  auto* code = reinterpret_cast<float*>(at(layout.code));
-  auto* grad_mixed = reinterpret_cast<float*>(at(layout.grad_mixed));
-  auto* mixed = reinterpret_cast<Out*>(at(layout.mixed));
-  auto* grad_code = reinterpret_cast<Out*>(at(layout.grad_code));
-  auto* row_sums = reinterpret_cast<float2*>(at(layout.row_sums));
-  auto* row_means = reinterpret_cast<float2*>(at(layout.row_means));
+class TilesBackward : public TilesMemory<In, Out, kBlocks, kPath> {
+  using Memory = TilesMemory<In, Out, kBlocks, kPath>;
+  using Stage = typename Memory::Stage;
+  using Memory::c, Memory::warp, Memory::warps, Memory::dim, Memory::per_block, Memory::image_stride;
+  using Memory::code_tiles, Memory::padded, Memory::code_stride, Memory::log_width, Memory::lane, Memory::g;
+  using Memory::kWide, Memory::kFast, Memory::p, Memory::d, Memory::layout, Memory::norm, Memory::num_blocks;
+  using Memory::rows, Memory::row_blocks, Memory::stage_at;
 
-  const int lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
-  const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  const int dim = d.embed_dim, per_block = d.groups_per_block, chunks = d.chunks,
-            image_stride = d.image_stride;
-  const int rows = p.row_tiles * kTileRows, row_blocks = p.row_tiles * num_blocks;
-  const int64_t tiles = (p.num_tokens + rows - 1) / rows;
-  const int code_elements = row_blocks * kTileRows * padded;  // of one key split
-
-  // Rows past the end arrive as zeros, gradient included: they add nothing anywhere.
-  const auto load_stage = [&](int64_t tile, int stage) {
-    if (tile < tiles) {
-      unsigned char* to = at(layout.stages + stage * layout.stage_bytes);
-      const int64_t first = tile * rows;
-      const int live_rows = static_cast<int>(min(p.num_tokens - first, static_cast<int64_t>(rows)));
-      auto* x_to = reinterpret_cast<In*>(to);
-      auto* grad_to = reinterpret_cast<Out*>(to + layout.grad);
-      constexpr int kXPiece = 16 / sizeof(In);
-      copy_rows(x_to, layout.x_stride, p.x + first * dim, rows, live_rows, dim / kXPiece);
-      copy_rows(grad_to, layout.grad_stride, p.grad_out + first * dim, rows, live_rows, dim / 8);
-      if (norm && threadIdx.x < rows) {
-        const bool live = first + threadIdx.x < p.num_tokens;
-        const int64_t from = live ? first + threadIdx.x : 0;
-        copy_async_4(to + layout.mean + threadIdx.x * 4, p.mean + from, live);
-        copy_async_4(to + layout.rstd + threadIdx.x * 4, p.rstd + from, live);
-      }
-    }
-    copy_async_commit();  // an empty group where there is no tile: the count of pending groups stays uniform
-  };
-  for (int s = 0; s < p.stages - 1; ++s) load_stage(blockIdx.x + s * int64_t{gridDim.x}, s);
-
-  fill_zero(shared, layout.weight);
-  __syncthreads();
-  const int scale_size = p.factors.num_experts * num_blocks * num_blocks, factor_size = d.width * d.block_dim;
-  const DownPlace down_place(d, p.factors.rank);
-  const UpPlace up_place(d);
-  scatter(p.factors.down, p.factors.type, factor_size, [&](int i, float v) {
-    const CodePlace place = down_place(i);
-    const Out rounded = convert<Out>(v);
-    down[code_image_at(d, place)] = rounded;
-    down_out[output_image_at(d, place)] = rounded;
-  });
-  scatter(p.factors.up, p.factors.type, factor_size,
-          [&](int i, float v) { up[code_image_at(d, up_place(i))] = convert<Out>(v); });
-  fill_mixing(mixing, d, p.factors);
-  if (norm) {
-    fill_affine(weight, p.weight, p.affine, dim, 1.0f);
-    fill_affine(bias, p.bias, p.affine, dim, 0.0f);
-    __syncthreads();
-#pragma unroll 1
-    for (int i = threadIdx.x; i < dim; i += blockDim.x) {
-      const Out high_weight = convert<Out>(weight[i]), high_bias = convert<Out>(bias[i]);
-      affine_image[i] = high_weight;
-      affine_image[layout.grad_stride + i] = convert<Out>(weight[i] - convert<float>(high_weight));
-      affine_image[2 * layout.grad_stride + i] = high_bias;
-      affine_image[3 * layout.grad_stride + i] = convert<Out>(bias[i] - convert<float>(high_bias));
-    }
-#pragma unroll 1
-    for (int i = warp; i < num_blocks << log_width; i += warps) {
-      const int block = i >> log_width, w = i & (padded - 1);
-      float of_weight = 0.0f, of_bias = 0.0f;
-      for (int j = lane; j < d.block_dim; j += 32) {
-        const float factor = convert<float>(down[w * image_stride + j]);
-        of_weight += weight[block * d.block_dim + j] * factor;
-        of_bias += bias[block * d.block_dim + j] * factor;
-      }
-      of_weight = warp_sum(of_weight);
-      of_bias = warp_sum(of_bias);
-      if (lane == 0) {
-        down_weight[i] = of_weight;
-        down_bias[i] = of_bias;
-      }
-    }
-  }
-
+  const bool add_base, drops;
+  const int code_elements;  // of one key split
   // Pieces of the factor gradients that this warp sums: 32 block columns by 16 code columns each, over its
   // part of a tile's row blocks.
-  const int items = per_block * code_tiles;
-  const int item0 = kItems > 1 || warps <= items ? warp : warp % items;
-  const int part = kItems > 1 || warps <= items ? 0 : warp / items;
+  const int items, item0, part;
   float up_sum[kItems][4][4] = {}, down_sum[kItems][4][4] = {};
   float scale_sum[kBlocks][kBlocks] = {};  // of code column threadIdx.x % padded
 
-  int stage = 0;
-#pragma unroll 1
-  for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-    if (p.stages > 1) {
-      // All but the youngest stages - 2 groups have landed: this tile's among them.
-      if (p.stages == 4)
-        copy_async_wait<2>();
-      else if (p.stages == 3)
-        copy_async_wait<1>();
-      else
-        copy_async_wait<0>();
-    } else {
-      __syncthreads();
-      load_stage(tile, 0);
-      copy_async_wait<0>();
-    }
-    __syncthreads();
-    if (p.stages > 1) {
-      // Into the stage that the previous tile has left.
-      const int next = stage == 0 ? p.stages - 1 : stage - 1;
-      load_stage(tile + (p.stages - 1) * int64_t{gridDim.x}, next);
-    }
-    unsigned char* in = at(layout.stages + stage * layout.stage_bytes);
-    const auto* x_rows = reinterpret_cast<const In*>(in);
-    const auto* grad_rows = reinterpret_cast<const Out*>(in + layout.grad);
-    const auto* means = reinterpret_cast<const float*>(in + layout.mean);
-    const auto* rstds = reinterpret_cast<const float*>(in + layout.rstd);
-    const int64_t first_row = tile * rows;
+  template <typename T>
+  __device__ __forceinline__ T* at(int offset) const {
+    return Memory::template at<T>(offset);
+  }
 
-    // ---- codes
+ public:
+  __device__ __forceinline__ TilesBackward(const TilesParams<In, Out>& params, unsigned char* memory)
+      : Memory(params, memory),
+        add_base(kPath == Path::kNorm || p.add_base),
+        drops(!kFast && p.dropout.seed != nullptr),
+        code_elements(row_blocks * kTileRows * padded),
+        items(per_block * code_tiles),
+        item0(kItems > 1 || warps <= items ? warp : warp % items),
+        part(kItems > 1 || warps <= items ? 0 : warp / items) {}
+
+  // This warp's shares of Z = base @ down and dH = dY @ up^T, and of the row sums that the norm's gradient
+  // needs.
+  __device__ __forceinline__ void codes(int64_t first_row, int stage) const {
+    const Stage in = stage_at(stage);
+    auto *down = at<Out>(layout.down), *up = at<Out>(layout.up), *affine_image = at<Out>(layout.affine_image);
+    auto *weight = at<float>(layout.weight), *bias = at<float>(layout.bias);
+    auto *code = at<float>(layout.code), *grad_mixed = at<float>(layout.grad_mixed);
+    auto* row_sums = at<float2>(layout.row_sums);
 #pragma unroll 1
     for (int i = warp; i < row_blocks * p.key_splits; i += warps) {
       const int split = i % p.key_splits, block = i / p.key_splits % num_blocks;
       const int row_tile = i / p.key_splits / num_blocks;
       const int row0 = row_tile * kTileRows + g, row1 = row0 + 8;
-      const RowNorm n0{norm ? means[row0] : 0.0f, norm ? rstds[row0] : 1.0f};
-      const RowNorm n1{norm ? means[row1] : 0.0f, norm ? rstds[row1] : 1.0f};
+      const RowNorm n0{norm ? in.means[row0] : 0.0f, norm ? in.rstds[row0] : 1.0f};
+      const RowNorm n1{norm ? in.means[row1] : 0.0f, norm ? in.rstds[row1] : 1.0f};
       const int begin = per_block * split / p.key_splits, end = per_block * (split + 1) / p.key_splits;
       // Of the undropped gradient with weight and bias (their 16-bit halves in two columns each), and with
       // the base's rows, of which the diagonal counts.
@@ -243,17 +84,17 @@ __global__ void __launch_bounds__(max_threads(kBlocks), 1)
           const bool inside = kFast || local < d.block_dim;
           uint4 base0{}, base1{}, grad0{}, grad1{}, undropped0{}, undropped1{};
           if (inside) {
-            grad0 = *reinterpret_cast<const uint4*>(grad_rows + row0 * layout.grad_stride + column);
-            grad1 = *reinterpret_cast<const uint4*>(grad_rows + row1 * layout.grad_stride + column);
+            grad0 = *reinterpret_cast<const uint4*>(in.grad + row0 * layout.grad_stride + column);
+            grad1 = *reinterpret_cast<const uint4*>(in.grad + row1 * layout.grad_stride + column);
             if (norm) {
               const Eight w = shared8(weight + column), o = shared8(bias + column);
               base0 =
-                  pack8<Out>(affine(normalised(shared8(x_rows + row0 * layout.x_stride + column), n0), w, o));
+                  pack8<Out>(affine(normalised(shared8(in.x + row0 * layout.x_stride + column), n0), w, o));
               base1 =
-                  pack8<Out>(affine(normalised(shared8(x_rows + row1 * layout.x_stride + column), n1), w, o));
+                  pack8<Out>(affine(normalised(shared8(in.x + row1 * layout.x_stride + column), n1), w, o));
             } else if constexpr (!kWide) {
-              base0 = *reinterpret_cast<const uint4*>(x_rows + row0 * layout.x_stride + column);
-              base1 = *reinterpret_cast<const uint4*>(x_rows + row1 * layout.x_stride + column);
+              base0 = *reinterpret_cast<const uint4*>(in.x + row0 * layout.x_stride + column);
+              base1 = *reinterpret_cast<const uint4*>(in.x + row1 * layout.x_stride + column);
             }
             if (drops) {
               undropped0 = grad0;
@@ -302,9 +143,15 @@ __global__ void __launch_bounds__(max_threads(kBlocks), 1)
         }
       }
     }
-    __syncthreads();
+  }
 
-    // ---- mixing: a thread takes code column threadIdx.x % padded of some rows
+  // H and dZ over blocks; a thread takes code column threadIdx.x % padded of some rows. d(scale).
+  __device__ __forceinline__ void mix() {
+    auto *code = at<float>(layout.code), *grad_mixed = at<float>(layout.grad_mixed);
+    auto *mixed = at<Out>(layout.mixed), *grad_code = at<Out>(layout.grad_code);
+    auto* mixing = at<float>(layout.mixing);
+    auto *down_weight = at<float>(layout.down_weight), *down_bias = at<float>(layout.down_bias);
+    auto *row_sums = at<float2>(layout.row_sums), *row_means = at<float2>(layout.row_means);
     const int w = threadIdx.x & (padded - 1);
 #pragma unroll 1
     for (int row = threadIdx.x >> log_width; row < rows; row += blockDim.x >> log_width) {
@@ -359,9 +206,15 @@ __global__ void __launch_bounds__(max_threads(kBlocks), 1)
         }
       }
     }
-    __syncthreads();
+  }
 
-    // ---- outputs
+  // d(up) and d(down) of this warp's items, and grad_x of their columns.
+  __device__ __forceinline__ void outputs(int64_t first_row, int stage) {
+    const Stage in = stage_at(stage);
+    auto* down_out = at<Out>(layout.down_out);
+    auto *weight = at<float>(layout.weight), *bias = at<float>(layout.bias);
+    auto *mixed = at<Out>(layout.mixed), *grad_code = at<Out>(layout.grad_code);
+    auto* row_means = at<float2>(layout.row_means);
 #pragma unroll
     for (int k = 0; k < kItems; ++k) {
       const int item = item0 + k * warps;
@@ -377,20 +230,20 @@ __global__ void __launch_bounds__(max_threads(kBlocks), 1)
         Eight n0{}, n1{}, w{};
         RowNorm r0{0.0f, 1.0f}, r1{0.0f, 1.0f};
         if (inside) {
-          grad0 = *reinterpret_cast<const uint4*>(grad_rows + row0 * layout.grad_stride + column);
-          grad1 = *reinterpret_cast<const uint4*>(grad_rows + row1 * layout.grad_stride + column);
+          grad0 = *reinterpret_cast<const uint4*>(in.grad + row0 * layout.grad_stride + column);
+          grad1 = *reinterpret_cast<const uint4*>(in.grad + row1 * layout.grad_stride + column);
           if (norm) {
-            r0 = {means[row0], rstds[row0]};
-            r1 = {means[row1], rstds[row1]};
-            n0 = normalised(shared8(x_rows + row0 * layout.x_stride + column), r0);
-            n1 = normalised(shared8(x_rows + row1 * layout.x_stride + column), r1);
+            r0 = {in.means[row0], in.rstds[row0]};
+            r1 = {in.means[row1], in.rstds[row1]};
+            n0 = normalised(shared8(in.x + row0 * layout.x_stride + column), r0);
+            n1 = normalised(shared8(in.x + row1 * layout.x_stride + column), r1);
             w = shared8(weight + column);
             const Eight o = shared8(bias + column);
             base0 = pack8<Out>(affine(n0, w, o));
             base1 = pack8<Out>(affine(n1, w, o));
           } else if constexpr (!kWide) {
-            base0 = *reinterpret_cast<const uint4*>(x_rows + row0 * layout.x_stride + column);
-            base1 = *reinterpret_cast<const uint4*>(x_rows + row1 * layout.x_stride + column);
+            base0 = *reinterpret_cast<const uint4*>(in.x + row0 * layout.x_stride + column);
+            base1 = *reinterpret_cast<const uint4*>(in.x + row1 * layout.x_stride + column);
           }
         }
         float dbase[4][4] = {};
@@ -420,7 +273,7 @@ __global__ void __launch_bounds__(max_threads(kBlocks), 1)
 #pragma unroll 1
         for (int t = 0; t < code_tiles; ++t) {
           load_a(a, grad_code + rb * kTileRows * code_stride + t * kCodeTile, code_stride, lane);
-          accumulate_output<Out>(dbase, a, down_out, chunks, t, group * 4, g, c);
+          accumulate_output<Out>(dbase, a, down_out, d.chunks, t, group * 4, g, c);
         }
         if (!inside) continue;
 #pragma unroll
@@ -451,76 +304,97 @@ __global__ void __launch_bounds__(max_threads(kBlocks), 1)
         }
       }
     }
+  }
+
+  // The block's sums, to p.partial in the factors' own layout. The codes' and stages' memory is free then.
+  __device__ __forceinline__ void leave_sums() {
+    const int scale_size = p.factors.num_experts * num_blocks * num_blocks,
+              factor_size = d.width * d.block_dim;
+    auto* sums = at<float>(layout.code);  // [down | up]
+    float* out = p.partial + static_cast<int64_t>(blockIdx.x) * (scale_size + 2 * factor_size);
+    leave_factor_sums(sums, out + scale_size, factor_size);
+    this->leave_scale_sums(scale_sum, sums, out);
+  }
+
+ private:
+  // Parts are added one after the other.
+  __device__ __forceinline__ void leave_factor_sums(float* sums, float* out, int factor_size) const {
+#pragma unroll 1
+    for (int turn = 0; turn < p.parts; ++turn) {
+      if (part == turn) {
+#pragma unroll
+        for (int k = 0; k < kItems; ++k) {
+          const int item = item0 + k * warps;
+          if (item >= items) break;
+          const int group = item % per_block, code_tile = item / per_block;
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const int w = code_tile * kCodeTile + g + half * 8, expert = w / p.factors.rank;
+            float* down_at = sums + expert * d.block_dim * p.factors.rank + w - expert * p.factors.rank;
+            float* up_at = sums + factor_size + w * d.block_dim;
+#pragma unroll
+            for (int e = 0; e < 8; ++e) {
+              const int j = group * kGroupColumns + c * 8 + e;
+              if (w >= d.width || j >= d.block_dim) continue;
+              float* to_down = down_at + j * p.factors.rank;
+              const float to_add = down_sum[k][e / 2][half * 2 + e % 2];
+              *to_down = turn == 0 ? to_add : *to_down + to_add;
+              up_at[j] = (turn == 0 ? 0.0f : up_at[j]) + up_sum[k][e / 2][half * 2 + e % 2];
+            }
+          }
+        }
+      }
+      __syncthreads();
+    }
+#pragma unroll 4
+    for (int i = threadIdx.x; i < 2 * factor_size; i += blockDim.x) out[i] = sums[i];
+    __syncthreads();
+  }
+};
+
+template <typename In, typename Out, int kBlocks, int kItems, Path kPath>
+__global__ void __launch_bounds__(max_threads(kBlocks), 1)
+    alore_backward_kernel(const __grid_constant__ TilesParams<In, Out> p) {
+  extern __shared__ __align__(128) unsigned char shared[];
+  TilesBackward<In, Out, kBlocks, kItems, kPath> work(p, shared);
+  const int rows = p.row_tiles * kTileRows;
+  for (int s = 0; s < p.stages - 1; ++s) work.load(blockIdx.x + s * int64_t{gridDim.x}, s);
+  work.make_images();
+  int stage = 0;
+#pragma unroll 1
+  for (int64_t tile = blockIdx.x; tile < work.tiles; tile += gridDim.x) {
+    if (p.stages > 1) {
+      // All but the youngest stages - 2 groups have landed: this tile's among them.
+      if (p.stages == 4)
+        copy_async_wait<2>();
+      else if (p.stages == 3)
+        copy_async_wait<1>();
+      else
+        copy_async_wait<0>();
+    } else {
+      __syncthreads();
+      work.load(tile, 0);
+      copy_async_wait<0>();
+    }
+    __syncthreads();
+    if (p.stages > 1) {
+      // Into the stage that the previous tile has left.
+      work.load(tile + (p.stages - 1) * int64_t{gridDim.x}, stage == 0 ? p.stages - 1 : stage - 1);
+    }
+    work.codes(tile * rows, stage);
+    __syncthreads();
+    work.mix();
+    __syncthreads();
+    work.outputs(tile * rows, stage);
     stage = stage + 1 == p.stages ? 0 : stage + 1;
   }
   copy_async_wait<0>();
   __syncthreads();
-
-  // ---- the block's sums: parts are added one after the other, then everything leaves in the factors' own
-  // layout. The codes' and stages' memory is free now.
-  auto* sums = reinterpret_cast<float*>(at(layout.code));  // [down | up]
-  float* out = p.partial + static_cast<int64_t>(blockIdx.x) * (scale_size + 2 * factor_size);
-#pragma unroll 1
-  for (int turn = 0; turn < p.parts; ++turn) {
-    if (part == turn) {
-#pragma unroll
-      for (int k = 0; k < kItems; ++k) {
-        const int item = item0 + k * warps;
-        if (item >= items) break;
-        const int group = item % per_block, code_tile = item / per_block;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int w = code_tile * kCodeTile + g + half * 8, expert = w / p.factors.rank;
-          float* down_at = sums + expert * d.block_dim * p.factors.rank + w - expert * p.factors.rank;
-          float* up_at = sums + factor_size + w * d.block_dim;
-#pragma unroll
-          for (int e = 0; e < 8; ++e) {
-            const int j = group * kGroupColumns + c * 8 + e;
-            if (w >= d.width || j >= d.block_dim) continue;
-            float* to_down = down_at + j * p.factors.rank;
-            const float to_add = down_sum[k][e / 2][half * 2 + e % 2];
-            *to_down = turn == 0 ? to_add : *to_down + to_add;
-            up_at[j] = (turn == 0 ? 0.0f : up_at[j]) + up_sum[k][e / 2][half * 2 + e % 2];
-          }
-        }
-      }
-    }
-    __syncthreads();
-  }
-#pragma unroll 4
-  for (int i = threadIdx.x; i < 2 * factor_size; i += blockDim.x) out[scale_size + i] = sums[i];
-  __syncthreads();
-
-  // scale_sum of every thread side by side, one a at a time; a warp adds up an entry: its expert's columns
-  // over all rows that the threads stood for.
-  const int lanes_of_rows = blockDim.x >> log_width, rank = p.factors.rank;
-  const FastDivide by_rank(rank);
-#pragma unroll
-  for (int a = 0; a < kBlocks; ++a) {
-    if (a >= num_blocks) break;
-#pragma unroll
-    for (int b = 0; b < kBlocks; ++b) {
-      if (b < num_blocks) sums[b * blockDim.x + threadIdx.x] = scale_sum[a][b];
-    }
-    __syncthreads();
-#pragma unroll 1
-    for (int i = warp; i < p.factors.num_experts * num_blocks; i += warps) {
-      const int e = i / num_blocks, b = i % num_blocks;
-      float total = 0.0f;
-      for (int q = lane; q < lanes_of_rows * rank; q += 32) {
-        const int r = by_rank.quotient(q);
-        total += sums[b * blockDim.x + (r << log_width) + e * rank + q - r * rank];
-      }
-      total = warp_sum(total);
-      if (lane == 0) out[(e * num_blocks + a) * num_blocks + b] = total;
-    }
-    __syncthreads();
-  }
+  work.leave_sums();
 }
 
 template <typename In, typename Out, int kBlocks, int kItems, Path kPath>
-void launch(const CudaContext& context, const AloreBackwardPlan& plan,
-            const BackwardParams<In, Out>& params) {
+void launch(const CudaContext& context, const AloreBackwardPlan& plan, const TilesParams<In, Out>& params) {
   const auto kernel = alore_backward_kernel<In, Out, kBlocks, kItems, kPath>;
   static SharedMemoryGrants grants;
   grants.allow(reinterpret_cast<const void*>(kernel), plan.shared_bytes, "alore_backward");
@@ -540,28 +414,28 @@ void alore_backward_tiles(const CudaContext& context, const AloreShape& s, const
   const auto run = [&](auto in_tag, auto out_tag) {
     using In = typename decltype(in_tag)::type;
     using Out = typename decltype(out_tag)::type;
-    const BackwardParams<In, Out> params{s.num_tokens,
-                                         dims,
-                                         layout,
-                                         log_width,
-                                         factors,
-                                         plan.row_tiles,
-                                         plan.stages,
-                                         plan.key_splits,
-                                         plan.parts,
-                                         s.norm,
-                                         s.add_base,
-                                         static_cast<const Out*>(a.grad_out),
-                                         static_cast<const In*>(a.sum),
-                                         static_cast<const In*>(a.grad_sum),
-                                         a.norm.weight,
-                                         a.norm.bias,
-                                         s.affine,
-                                         a.mean,
-                                         a.rstd,
-                                         DropoutMask(a.dropout.seed, a.dropout.p),
-                                         static_cast<In*>(a.grad_x),
-                                         static_cast<float*>(a.workspace)};
+    const TilesParams<In, Out> params{s.num_tokens,
+                                      dims,
+                                      layout,
+                                      log_width,
+                                      factors,
+                                      plan.row_tiles,
+                                      plan.stages,
+                                      plan.key_splits,
+                                      plan.parts,
+                                      s.norm,
+                                      s.add_base,
+                                      static_cast<const Out*>(a.grad_out),
+                                      static_cast<const In*>(a.sum),
+                                      static_cast<const In*>(a.grad_sum),
+                                      a.norm.weight,
+                                      a.norm.bias,
+                                      s.affine,
+                                      a.mean,
+                                      a.rstd,
+                                      DropoutMask(a.dropout.seed, a.dropout.p),
+                                      static_cast<In*>(a.grad_x),
+                                      static_cast<float*>(a.workspace)};
     const bool fast = s.num_blocks == 4 && plan.items_per_warp == 1 && dims.code_tiles == 1 &&
                       s.block_dim % kGroupColumns == 0 && a.dropout.p == 0.0 && a.grad_sum == nullptr;
     if (fast && s.norm) return launch<In, Out, 4, 1, Path::kNorm>(context, plan, params);
