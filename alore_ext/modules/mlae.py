@@ -86,8 +86,8 @@ class MlaeNorm(Adapter):
     It returns what the norm returns. What the linear makes of it waits at the linear, which gives it out when it is
     called on this very tensor and computes anew when it is called on anything else, so that hooks and other readers of
     the norm's output see and do what they always did. Only where the fused kernels run, and not under autocast (the
-    norm is float32 there), torch.compile (which fuses the norm itself) or inference mode (whose tensors do not tell
-    that they were written to): there the two are what they are apart.
+    norm is float32 there), torch.compile (which fuses the norm itself), inference mode (whose tensors do not tell that
+    they were written to) or forward pre-hooks of the linear: there the two are what they are apart.
     """
 
     adapter_attributes = ("_mlae_behind",)
@@ -117,8 +117,12 @@ class MlaeNorm(Adapter):
         if type(x) is not Tensor or not x.is_cuda:
             return False
         linear = self._mlae_behind
-        weight, rank = linear.weight, linear.lora_a.shape[0]
-        if not fuses_norm(x.device, *weight.shape[::-1], rank, x.dtype, weight.dtype):
+        weight = linear._parameters.get("weight")
+        # Sharding and offloading bring a layer's weights when it is called, by a hook or a forward of its own.
+        if linear._forward_pre_hooks or "forward" in linear.__dict__ or type(weight) is not nn.Parameter:
+            return False
+        rank = linear.lora_a.shape[0]
+        if weight.device != x.device or not fuses_norm(x.device, weight.shape, rank, x.dtype, weight.dtype):
             return False
         # Gradients of the backbone's own weights need the norm's output.
         trained = weight.requires_grad or any(p is not None and p.requires_grad for p in (self.weight, self.bias))

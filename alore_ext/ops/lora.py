@@ -141,11 +141,12 @@ def plan_layer_norm_mlae_linear(
 
 @functools.cache
 def fuses_norm(
-    device: torch.device, in_features: int, out_features: int, rank: int, dtype: torch.dtype, weight_dtype: torch.dtype
+    device: torch.device, weight_shape: torch.Size, rank: int, dtype: torch.dtype, weight_dtype: torch.dtype
 ) -> bool:
     """Whether `layer_norm_mlae_linear` has a fused kernel for these: one look-up a call."""
-    if device.type != "cuda":
+    if device.type != "cuda" or len(weight_shape) != 2:
         return False
+    out_features, in_features = weight_shape
     capability, num_sms, shared_per_block = device_limits("fuses_norm", device)
     return _C.plan_norm_lora(
         num_tokens=1,

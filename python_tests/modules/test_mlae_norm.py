@@ -213,6 +213,25 @@ class TestAhead:
         (twin(x).float().square().mean() + twin(x * 0.5).float().square().mean()).backward()
         assert close(got, twin.blocks[0].attn.qkv.lora_a.grad)
 
+    @pytest.mark.parametrize("how", ["pre-hook", "forward", "other device"])
+    def test_a_linear_that_prepares_itself_is_left_to_it(self, how, x, counts):
+        """As sharding and offloading do: its weights are there only when it is called."""
+        model = vit("cuda", torch.bfloat16).eval()
+        expected = model(x)
+        linear, weight = model.blocks[1].attn.qkv, model.blocks[1].attn.qkv.weight.data
+
+        def bring(*args):
+            linear.weight.data = weight
+
+        if how == "forward":
+            linear.forward = lambda x, forward=linear.forward: (bring(), forward(x))[1]
+        else:
+            linear.register_forward_pre_hook(bring)
+        linear.weight.data = weight.cpu() if how == "other device" else torch.zeros_like(weight)
+        counts.update(ahead=0, alone=0)
+        assert close(model(x), expected)
+        assert counts == {"ahead": 2, "alone": 1}
+
     @pytest.mark.parametrize("how", ["autocast", "inference", "trained norm", "float32", "float16"])
     def test_where_the_two_stay_apart(self, how, x, counts):
         dtype = {"float32": torch.float32, "autocast": torch.float32, "float16": torch.float16}.get(how, torch.bfloat16)
