@@ -9,7 +9,8 @@ from .alore import AloreInput, AloreLayerNorm, AloreLinear, AloreNorm
 from .attention import CalledWindowAttention
 from .channels import AloreChannelsNorm, AloreConv, AloreLayerNorm2d, MlaeConv
 from .lora import LoraConv, LoraLinear, LoraMultiheadAttention
-from .mlae import FusedBiasAttention, MlaeLinear, MlaeNorm
+from .mlae import FusedBiasAttention, MlaeLinear
+from .mlae_norm import MlaeNorm
 from .multihead import CalledMultiheadAttention, MlaeMultiheadAttention, check_multihead_attention
 from .scale_shift import (
     BitFitAdapter,

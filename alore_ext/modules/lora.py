@@ -37,7 +37,7 @@ class LoraAdapter(Adapter):
 class LoraLinear(LoraAdapter, MlaeLinear):
     """`y = x W^T + b + scaling * (x A^T) B^T`."""
 
-    adapter_attributes = ("_lora_scaling", "_mlae_bias_owner")
+    adapter_attributes = ("_lora_scaling", "_mlae_bias_owner", "_mlae_ahead")
 
 
 class LoraConv(LoraAdapter, MlaeConv):

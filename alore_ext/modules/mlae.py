@@ -10,16 +10,18 @@ zeros), so DistributedDataParallel never finds a parameter unused.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from alore_ext import ops
-from alore_ext.ops.lora import fuses_norm
 
 from .adapter import Adapter
 from .experts import keep_lora_experts
+
+if TYPE_CHECKING:
+    from .mlae_norm import Ahead
 
 
 class MlaeAdapter(Adapter):
@@ -40,19 +42,6 @@ class MlaeAdapter(Adapter):
         return f"{super().extra_repr()}, {experts}, mask_p={self._mlae_mask_p}"
 
 
-@dataclass(frozen=True)
-class _Ahead:
-    """What a linear gives for the output of the norm before it, computed together with that."""
-
-    normalised: Tensor
-    version: int
-    out: Tensor
-
-    def is_of(self, x: Tensor) -> bool:
-        """Whether x is that output, and has not been written to since."""
-        return x is self.normalised and x._version == self.version
-
-
 class MlaeLinear(MlaeAdapter):
     """`y = x W^T + b + ((x A^T) * c) B^T`, c the coefficients under this step's mask (MLAE equations 4 to 6).
 
@@ -61,8 +50,10 @@ class MlaeLinear(MlaeAdapter):
     experts scaled by 1 / (1 - p).
     """
 
-    adapter_attributes = (*MlaeAdapter.adapter_attributes, "_mlae_bias_owner")
+    adapter_attributes = (*MlaeAdapter.adapter_attributes, "_mlae_bias_owner", "_mlae_ahead")
 
+    # What the norm before it has computed for it (see `mlae_norm`), until it is called.
+    _mlae_ahead: Ahead | None
     # The attention that keeps this linear's bias as q_bias, k_bias and v_bias; None where the linear has its
     # own.
     _mlae_bias_owner: nn.Module | None
@@ -71,62 +62,13 @@ class MlaeLinear(MlaeAdapter):
         """x: [..., in_features] -> [..., out_features]."""
         if not torch.compiler.is_compiling():
             ahead = self.__dict__.pop("_mlae_ahead", None)
-            if ahead is not None and ahead.is_of(x):
-                return ahead.out
+            if ahead is not None and (out := ahead.claim(x, self)) is not None:
+                return out
         return ops.mlae_linear(x, self.weight, self._bias(), *self._factors(), self._mlae_mask_p, self.training)
 
     def _bias(self) -> Tensor | None:
         owner = self._mlae_bias_owner
         return self.bias if owner is None else owner.joint_bias()
-
-
-class MlaeNorm(Adapter):
-    """A layer norm whose output goes into an `MlaeLinear`: it computes that linear as well, in one operator.
-
-    It returns what the norm returns. What the linear makes of it waits at the linear, which gives it out when it is
-    called on this very tensor and computes anew when it is called on anything else, so that hooks and other readers of
-    the norm's output see and do what they always did. Only where the fused kernels run, and not under autocast (the
-    norm is float32 there), torch.compile (which fuses the norm itself), inference mode (whose tensors do not tell that
-    they were written to) or forward pre-hooks of the linear: there the two are what they are apart.
-    """
-
-    adapter_attributes = ("_mlae_behind",)
-
-    _mlae_behind: MlaeLinear
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [..., in_features] -> layer_norm(x)."""
-        if torch.compiler.is_compiling() or not self._computes_ahead(x):
-            return super().forward(x)
-        linear = self._mlae_behind
-        out, normalised = ops.layer_norm_mlae_linear(
-            x,
-            self.weight,
-            self.bias,
-            self.eps,
-            linear.weight,
-            linear._bias(),
-            *linear._factors(),
-            linear._mlae_mask_p,
-            linear.training,
-        )
-        linear.__dict__["_mlae_ahead"] = _Ahead(normalised, normalised._version, out)
-        return normalised
-
-    def _computes_ahead(self, x: Tensor) -> bool:
-        if type(x) is not Tensor or not x.is_cuda:
-            return False
-        linear = self._mlae_behind
-        weight = linear._parameters.get("weight")
-        # Sharding and offloading bring a layer's weights when it is called, by a hook or a forward of its own.
-        if linear._forward_pre_hooks or "forward" in linear.__dict__ or type(weight) is not nn.Parameter:
-            return False
-        rank = linear.lora_a.shape[0]
-        if weight.device != x.device or not fuses_norm(x.device, weight.shape, rank, x.dtype, weight.dtype):
-            return False
-        # Gradients of the backbone's own weights need the norm's output.
-        trained = weight.requires_grad or any(p is not None and p.requires_grad for p in (self.weight, self.bias))
-        return not (trained or torch.is_autocast_enabled("cuda") or torch.is_inference_mode_enabled())
 
 
 class FusedBiasAttention(Adapter):

@@ -7,12 +7,14 @@ own, a row of one expanded tensor, whose backward stacks and sums all gradients 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
-_VIEWS = "_alore_scale_views"
+# By root, while its forward runs; not in the module, whose copies must not hold them.
+_VIEWS: weakref.WeakKeyDictionary[nn.Module, Iterator[Tensor]] = weakref.WeakKeyDictionary()
 
 
 def shared_scale(root: nn.Module) -> Tensor:
@@ -22,8 +24,8 @@ def shared_scale(root: nn.Module) -> Tensor:
     scale = root.alore_scale
     if torch.compiler.is_compiling():  # the compiler adds gradients up in one kernel itself
         return scale
-    views: Iterator[Tensor] = root.__dict__.get(_VIEWS, iter(()))
-    return next(views, scale)  # outside of the root's forward, and when a layer runs twice: the parameter itself
+    # Outside of the root's forward, and when a layer runs twice: the parameter itself.
+    return next(_VIEWS[root], scale) if root in _VIEWS else scale
 
 
 class HandOut:
@@ -36,13 +38,13 @@ class HandOut:
         scale = root.alore_scale
         if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and scale.requires_grad):
             return
-        root.__dict__[_VIEWS] = iter(scale.expand(self.count, *scale.shape).unbind())
+        _VIEWS[root] = iter(scale.expand(self.count, *scale.shape).unbind())
 
 
 def take_back(root: nn.Module, args: tuple, output: object) -> None:
     """The root's forward hook, called after errors too."""
     if not torch.compiler.is_compiling():  # then none were handed out
-        root.__dict__.pop(_VIEWS, None)
+        _VIEWS.pop(root, None)
 
 
 def start_sharing(root: nn.Module, count: int) -> None:
@@ -58,4 +60,4 @@ def stop_sharing(root: nn.Module) -> None:
     for key in [key for key, hook in root._forward_hooks.items() if hook is take_back]:
         del root._forward_hooks[key]
         root._forward_hooks_always_called.pop(key, None)
-    root.__dict__.pop(_VIEWS, None)
+    _VIEWS.pop(root, None)

@@ -47,7 +47,18 @@ def attach_all(model: nn.Module, records: Iterable[AdapterRecord], parameters: M
             norm = None if record.norm is None else model.get_submodule(record.norm)
             if norm is not None and not isinstance(norm, Adapter):  # else an adapter of its own computes the norm
                 on_error(lambda norm=norm: _detach_norm(norm))
-                attach(norm, MlaeNorm, {}, {"_mlae_behind": model.get_submodule(record.module)})
+                attach(norm, MlaeNorm, {}, _behind(model, record))
+
+
+def _behind(model: nn.Module, record: AdapterRecord) -> dict[str, object]:
+    """The layer of a record, and the modules around it that are not around its norm."""
+    parts = record.module.split(".")
+    names = (".".join(parts[:length]) for length in range(1, len(parts)))
+    between = [name for name in names if not f"{record.norm}.".startswith(f"{name}.")]
+    return {
+        "_mlae_behind": model.get_submodule(record.module),
+        "_mlae_between": tuple(map(model.get_submodule, between)),
+    }
 
 
 def _detach_norm(norm: nn.Module) -> None:

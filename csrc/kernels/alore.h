@@ -47,6 +47,15 @@ struct DeviceLimits {
   int64_t shared_per_block = 0;  // bytes, opted in: 227 KiB on 9.0, 163 KiB on 8.0, 99 KiB on 8.6 and 8.9
 };
 
+// The least of a device's limits and of those that the code it runs was compiled for: a 9.0 device may
+// run 8.0 PTX, which has neither the larger shared memory nor the waits of overlapping launches.
+constexpr DeviceLimits limits_of_build(DeviceLimits device, int compiled_capability) {
+  if (compiled_capability >= 90 || compiled_capability >= device.capability) return device;
+  const int64_t shared = (compiled_capability == 80 || compiled_capability == 87 ? 163 : 99) * 1024;
+  return {compiled_capability, device.num_sms,
+          device.shared_per_block < shared ? device.shared_per_block : shared};
+}
+
 // A tile is 16 tokens. Its row is cut into groups of 32 columns that never cross a block; `warps_per_tile`
 // warps hold `groups_per_warp` groups each in registers. Pipelined, a tile may be two such row tiles beside
 // each other, and rows are in shared memory.
@@ -89,6 +98,9 @@ AloreBackwardPlan plan_alore_backward(const AloreShape& shape, const DeviceLimit
 #include "kernels/context.h"
 
 namespace alore::kernels {
+
+// What the current device runs: 10 * major + minor of the architecture that its code was compiled for.
+int compiled_capability();
 
 struct AloreAdapter {
   const void* scale;  // [num_experts, num_blocks, num_blocks]

@@ -7,6 +7,11 @@
 namespace alore::kernels {
 namespace {
 
+static_assert(limits_of_build({90, 132, 227 * 1024}, 90).shared_per_block == 227 * 1024);
+static_assert(limits_of_build({90, 132, 227 * 1024}, 80).shared_per_block == 163 * 1024);
+static_assert(limits_of_build({90, 132, 227 * 1024}, 86).capability == 86);
+static_assert(limits_of_build({89, 128, 99 * 1024}, 80).shared_per_block == 99 * 1024);
+
 AdapterDims dims_of(const AloreShape& s) {
   return {static_cast<int>(s.num_blocks), static_cast<int>(s.block_dim), static_cast<int>(s.width())};
 }

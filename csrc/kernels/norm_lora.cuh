@@ -15,12 +15,13 @@ struct CodeFactor {
   int rank;
 };
 
-// Makes the images at `shared`; all values are on their way before the first is used. Every weight is also
-// given to put_weight(column, value). `scratch` is CodeImages::scratch_bytes of memory, free again when this
-// returns.
-template <typename T, int kDim, int kThreads, typename PutWeight>
+// Makes the images at `shared`; all values are on their way before the first is used. Rows w of A where
+// live(w) is false count as zeros. Every weight is also given to put_weight(column, value). `scratch` is
+// CodeImages::scratch_bytes of memory, free again when this returns.
+template <typename T, int kDim, int kThreads, typename Live, typename PutWeight>
 __device__ __forceinline__ void make_code_images(unsigned char* shared, float* scratch, const CodeFactor& f,
-                                                 const AffineSource& affine, PutWeight put_weight) {
+                                                 const AffineSource& affine, Live live,
+                                                 PutWeight put_weight) {
   constexpr CodeImages kI(kDim);
   constexpr int kEntries = kCodeColumns * kDim, kCount = ceil_div(kEntries, kThreads), kParts = kDim / 32;
   static_assert(kDim % 32 == 0 && kParts <= 32 && kThreads >= kCodeColumns * 32);
@@ -45,7 +46,7 @@ __device__ __forceinline__ void make_code_images(unsigned char* shared, float* s
   for (int u = 0; u < kCount; ++u) {
     const int i = threadIdx.x + u * kThreads, w = i / kDim, column = i % kDim;
     if (i >= kEntries) break;  // whole warps
-    const float v = factor_value(bits[u], f.type);
+    const float v = live(w) ? factor_value(bits[u], f.type) : 0.0f;
     const T d = convert<T>(weight[column] * v);
     reinterpret_cast<T*>(shared + kI.factor)[w * kI.factor_stride + column] = d;
     const float sum = warp_sum(convert<float>(d)), of_bias = warp_sum(bias[column] * v);

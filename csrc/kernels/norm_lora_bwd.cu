@@ -22,6 +22,7 @@ struct BackwardParams {
   const float *mean, *rstd;
   AffineSource affine;
   CodeFactor factor;
+  RankScale scale;
   T* grad_x;       // or null
   float* partial;  // [blocks, rank, dim]
 };
@@ -63,6 +64,8 @@ class NormLoraBackward {
     run_stages<kL.stage_bytes>(*this, blockIdx.x, count, gridDim.x, kL.stages, [&](int scratch) {
       make_code_images<T, kDim, kL.threads>(
           shared, at<float>(scratch), p.factor, p.affine,
+          // A masked row has no part in d(x), whatever it holds.
+          [&](int w) { return p.scale.template at<T>(w) != 0.0f; },
           [&](int i, float v) { at<T>(kL.weight16)[by_lane(i)] = convert<T>(v); });
     });
     finish();
@@ -146,7 +149,8 @@ class NormLoraBackward {
         code_sum += grad;
         const float code = convert<float>(at<T>(stage + kL.code)[row * kCodeColumns + w]);
         of_weight = rounded * at<float>(kI.column_sum)[w];
-        of_normalised = rounded * (code - at<float>(kI.column_bias)[w]);
+        // The code of a masked row may be anything.
+        of_normalised = rounded == 0.0f ? 0.0f : rounded * (code - at<float>(kI.column_bias)[w]);
       }
       if (p.grad_x == nullptr) continue;
       if (w < kL.per_row_tile) {
@@ -315,6 +319,7 @@ void norm_lora_backward(const CudaContext& context, const NormLoraShape& s, cons
                                  a.rstd,
                                  {a.norm.weight, a.norm.bias, s.affine},
                                  {a.factors.a, linear.factor, static_cast<int>(linear.rank)},
+                                 rank_scale(linear, a.coefficients),
                                  static_cast<T*>(a.grad_x),
                                  partial};
   dispatch_width<kPipelinedBackward>(linear.in_features, [&](auto index) {

@@ -32,8 +32,9 @@ class NormLoraForward {
 
   const ForwardParams<T, Factor>& p;
   unsigned char* shared;
-  const int thread, team;  // of the team; of the block
-  unsigned char* own;      // the team's part of the memory
+  const float* const c_of;  // [8]: the coefficients under this step's mask
+  const int thread, team;   // of the team; of the block
+  unsigned char* own;       // the team's part of the memory
   const int lane, warp, row_tile, first_group;
 
   template <typename U>
@@ -46,9 +47,11 @@ class NormLoraForward {
   }
 
  public:
-  __device__ NormLoraForward(const ForwardParams<T, Factor>& params, unsigned char* memory)
+  // `c` is [8] of shared memory.
+  __device__ NormLoraForward(const ForwardParams<T, Factor>& params, unsigned char* memory, float* c)
       : p(params),
         shared(memory),
+        c_of(c),
         thread(threadIdx.x % kL.threads),
         team(threadIdx.x / kL.threads),
         own(memory + kL.first_team + team * kL.team_bytes),
@@ -57,9 +60,7 @@ class NormLoraForward {
         row_tile(warp / kL.per_row_tile),
         first_group(warp % kL.per_row_tile * kItems) {}
 
-  // `c` is [8] of shared memory.
-  __device__ __forceinline__ void run(float* c) {
-    if (threadIdx.x < kCodeColumns) c[threadIdx.x] = p.coefficients.of(threadIdx.x);
+  __device__ __forceinline__ void run() {
     if (blockIdx.x == 0) p.coefficients.write_mask();
     const int64_t count = (p.num_tokens + kL.rows - 1) / kL.rows, step = int64_t{gridDim.x} * kL.teams;
     static_assert(CodeImages::scratch_bytes(kDim) <= kL.stage_bytes);
@@ -67,12 +68,12 @@ class NormLoraForward {
         *this, int64_t{blockIdx.x} * kL.teams + team, count, step, kL.stages, [&](int) {
           // The first team's third stage: all teams make the images together.
           auto* scratch = image<float>(kL.first_team + kL.stages + 2 * kL.stage_bytes);
-          make_code_images<T, kDim, kL.threads * kL.teams>(shared, scratch, p.factor, p.affine,
-                                                           [](int, float) {});
+          make_code_images<T, kDim, kL.threads * kL.teams>(
+              shared, scratch, p.factor, p.affine, [](int) { return true; }, [](int, float) {});
           const int threads = gridDim.x * blockDim.x;
 #pragma unroll 3
           for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < p.pack_vectors; i += threads)
-            pack_vector<T, Factor, 1, int>(p.pack, c, i);
+            pack_vector<T, Factor, 1, int>(p.pack, c_of, i);
         });
   }
 
@@ -149,7 +150,8 @@ class NormLoraForward {
       // Padding stays 0 even where x is not finite.
       const T value = convert<T>(w < p.factor.rank ? z : 0.0f);
       p.code[token * kCodeColumns + w] = value;
-      p.extended[token * kExtended + kDim + w] = value;
+      // c itself is inside [W | B c]; a masked column must not pass on what is not finite.
+      p.extended[token * kExtended + kDim + w] = c_of[w] == 0.0f ? convert<T>(0.0f) : value;
     }
   }
 
@@ -184,9 +186,10 @@ __global__ void __launch_bounds__(
   extern __shared__ __align__(128) unsigned char shared[];
   __shared__ float c[kCodeColumns];
   wait_for_launches_before();
+  if (threadIdx.x < kCodeColumns) c[threadIdx.x] = p.coefficients.of(threadIdx.x);
   // Not compiled where no block may have that much shared memory: no plan chooses it there.
   if constexpr (NormLoraForwardLayout(kPipelinedForward[kIndex]).bytes <= kMostSharedBytes)
-    NormLoraForward<T, Factor, kPipelinedForward[kIndex]>(p, shared).run(c);
+    NormLoraForward<T, Factor, kPipelinedForward[kIndex]>(p, shared, c).run();
 }
 
 }  // namespace

@@ -50,7 +50,9 @@ inline void add_base_product(const kernels::CudaContext& context, const Tensor& 
 
 inline kernels::DeviceLimits device_limits() {
   const cudaDeviceProp* p = at::cuda::getCurrentDeviceProperties();
-  return {10 * p->major + p->minor, p->multiProcessorCount, static_cast<int64_t>(p->sharedMemPerBlockOptin)};
+  const kernels::DeviceLimits device{10 * p->major + p->minor, p->multiProcessorCount,
+                                     static_cast<int64_t>(p->sharedMemPerBlockOptin)};
+  return kernels::limits_of_build(device, kernels::compiled_capability());
 }
 
 }  // namespace alore::ops

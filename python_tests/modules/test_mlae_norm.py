@@ -152,42 +152,126 @@ class TestAhead:
         # Of three blocks the first keeps its input instead: its norm alone, with no gradient to pass on, keeps nothing.
         assert alone - ahead >= 1.9 * activation
 
-    def test_hooks_see_the_norms_output(self, x):
-        model = vit("cuda", torch.bfloat16)
-        seen = []
-        model.blocks[1].norm1.register_forward_hook(lambda module, args, out: seen.append((args[0], out)))
-        model(x)
-        given, out = seen[0]
-        norm = model.blocks[1].norm1
-        expected = torch.nn.functional.layer_norm(given, (128,), norm.weight, norm.bias, norm.eps)
-        torch.testing.assert_close(out, expected)
-
-    @pytest.mark.parametrize("change", ["replaced", "written to"])
-    def test_a_changed_output_is_computed_anew(self, change, x, counts):
-        model = vit("cuda", torch.bfloat16)
+    def test_hooks_on_the_norm_see_values_and_gradients(self, x, counts):
+        """What Grad-CAM looks at: with a hook on it, the norm computes itself alone."""
+        model = vit("cuda", torch.bfloat16).eval()
+        seen, grads = [], []
 
         def hook(module, args, out):
-            return out * 2 if change == "replaced" else out.mul_(2)
+            seen.append((args[0], out))
+            out.register_hook(grads.append)
 
-        twin = apart(model)
-        for each in (model, twin):
-            each.blocks[1].norm1.register_forward_hook(hook)
-        logits = model.eval()(x)
-        assert counts == {"ahead": 3, "alone": 1}
-        assert close(logits, twin.eval()(x))
+        norm = model.blocks[1].norm1
+        norm.register_forward_hook(hook)
+        model(x).float().square().mean().backward()
+        assert counts == {"ahead": 2, "alone": 1}
+        given, out = seen[0]
+        torch.testing.assert_close(out, torch.nn.functional.layer_norm(given, (128,), norm.weight, norm.bias, norm.eps))
+        assert grads[0].any()
 
-    def test_another_reader_adds_its_gradient(self, x):
-        model, read = vit("cuda", torch.bfloat16).eval(), []
-        twin = apart(model)
-        grads = []
-        for each in (model, twin):
-            read.clear()
-            each.blocks[1].norm1.register_forward_hook(lambda module, args, out: read.append(out))
-            each.zero_grad()
-            logits = each(x)
-            (logits.float().square().mean() + read[0].float().square().mean()).backward()
-            grads.append(each.blocks[0].attn.qkv.lora_a.grad)
-        assert close(*grads)
+    def parts(self):
+        """A norm, the linear behind it, and an input for them."""
+        block = vit("cuda", torch.bfloat16).blocks[1].eval()
+        x = torch.randn(4, 17, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        return block.norm1, block.attn.qkv, x
+
+    def alone(self, norm, linear, x):
+        """The linear of the norm's output, each by itself."""
+        plain = torch.nn.functional.layer_norm(x, (128,), norm.weight, norm.bias, norm.eps)
+        return linear(plain)
+
+    @pytest.mark.parametrize("change", ["written to", "another tensor", "a view", "hooked", "retained"])
+    def test_anything_but_the_norms_very_output_is_computed_anew(self, change, counts):
+        norm, linear, x = self.parts()
+        h = norm(x)
+        if change == "written to":
+            h.mul_(2)
+        elif change == "another tensor":
+            h = h * 2
+        elif change == "a view":
+            h = h.view(h.shape)
+        elif change == "hooked":
+            h.register_hook(lambda grad: None)
+        else:
+            h.retain_grad()
+        out = linear(h)
+        assert counts == {"ahead": 1, "alone": 1}
+        assert close(out, linear(h))
+
+    @pytest.mark.parametrize("change", ["train", "factor", "grad mode", "kept"])
+    def test_nor_what_was_computed_in_another_state(self, change, counts):
+        norm, linear, x = self.parts()
+        with torch.set_grad_enabled(change != "grad mode"):
+            h = norm(x)
+        if change == "train":
+            linear.train()
+        elif change == "factor":
+            linear.lora_b.data.add_(1.0)
+            torch.nn.init.normal_(linear.lora_b)
+        elif change == "kept":
+            linear._kept_experts = (0, 1)
+        out = linear(h)
+        assert counts == {"ahead": 1, "alone": 1}
+        assert out.requires_grad
+
+    def test_another_reader_adds_its_gradient(self):
+        """As close to float32 as the two apart."""
+        norm, linear, x = self.parts()
+
+        def grad(norm, linear, x):
+            x = x.detach().requires_grad_()
+            h = norm(x)
+            (linear(h).float().square().mean() + h.float().square().mean()).backward()
+            return x.grad
+
+        def plain(x):
+            return torch.nn.functional.layer_norm(x, (128,), norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps)
+
+        got, twin = grad(norm, linear, x), grad(plain, linear, x)
+        exact = grad(plain, copy.deepcopy(linear).float(), x.float())
+        assert distance(got, exact) <= 2 * distance(twin, exact)
+
+    @pytest.mark.parametrize("reentrant", [False, True])
+    def test_a_checkpoint_around_the_linear_alone(self, reentrant):
+        """Its mask is drawn inside, so that the second forward draws the same one: the gradients fit the output."""
+        norm, linear, x = self.parts()
+        linear.train()
+        with torch.no_grad():  # each expert has columns of its own
+            linear.lora_b.copy_(torch.eye(8, device="cuda").repeat_interleave(48, 0))
+            h = torch.nn.functional.layer_norm(x, (128,), norm.weight, norm.bias, norm.eps)
+            base = torch.nn.functional.linear(h, linear.weight, linear.bias)
+        masks = set()
+        for seed in range(6):
+            torch.manual_seed(seed)
+            linear.zero_grad()
+            out = torch.utils.checkpoint.checkpoint(linear, norm(x), use_reentrant=reentrant)
+            out.float().square().mean().backward()
+            masked = (out - base).detach().float().abs().view(-1, 8, 48).mean((0, 2)) < 0.05
+            assert torch.equal(linear.lora_b.grad.count_nonzero(0) == 0, masked)
+            masks.add(tuple(masked.tolist()))
+        assert len(masks) > 1
+
+    def test_what_nobody_claims_lives_no_longer_than_the_norms_output(self):
+        norm, linear, x = self.parts()
+        h = norm(x)
+        assert linear._mlae_ahead is not None
+        assert copy.deepcopy(linear)._mlae_ahead is None
+        del h
+        assert "_mlae_ahead" not in vars(linear)
+
+    def test_a_norm_whose_results_nobody_claims_stops_making_them(self, counts):
+        norm, _, x = self.parts()
+        for _ in range(6):
+            norm(x)
+        assert counts["ahead"] == 3
+
+    def test_a_compiled_attention_is_left_to_itself(self, x, counts):
+        model = vit("cuda", torch.bfloat16).eval()
+        expected = model(x)
+        model.blocks[1].attn.compile()
+        counts.update(ahead=0, alone=0)
+        assert close(model(x), expected)
+        assert counts["ahead"] == 2
 
     @pytest.mark.parametrize("reentrant", [False, True])
     def test_activation_checkpointing(self, reentrant, x):
@@ -213,7 +297,7 @@ class TestAhead:
         (twin(x).float().square().mean() + twin(x * 0.5).float().square().mean()).backward()
         assert close(got, twin.blocks[0].attn.qkv.lora_a.grad)
 
-    @pytest.mark.parametrize("how", ["pre-hook", "forward", "other device"])
+    @pytest.mark.parametrize("how", ["pre-hook", "pre-hook of the attention", "forward", "other device"])
     def test_a_linear_that_prepares_itself_is_left_to_it(self, how, x, counts):
         """As sharding and offloading do: its weights are there only when it is called."""
         model = vit("cuda", torch.bfloat16).eval()
@@ -226,7 +310,7 @@ class TestAhead:
         if how == "forward":
             linear.forward = lambda x, forward=linear.forward: (bring(), forward(x))[1]
         else:
-            linear.register_forward_pre_hook(bring)
+            (model.blocks[1].attn if "attention" in how else linear).register_forward_pre_hook(bring)
         linear.weight.data = weight.cpu() if how == "other device" else torch.zeros_like(weight)
         counts.update(ahead=0, alone=0)
         assert close(model(x), expected)

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import alore_ext as ae
 from alore_ext.modules import stop_sharing
+from alore_ext.modules.shared_scale import _VIEWS
 
 
 def patched(device, name="vit"):
@@ -87,13 +88,13 @@ def test_nothing_is_left_behind_when_a_forward_fails(device):
     model = patched(device)
     with pytest.raises(Exception, match="."):
         model(torch.zeros(1, 7, device=device))
-    assert not any(name.startswith("_alore_scale_views") for name in vars(model))
+    assert model not in _VIEWS
 
 
 def test_without_gradients_nothing_is_expanded(device):
     model = patched(device)
     seen = []
-    model.blocks[0].norm1.register_forward_hook(lambda *_: seen.append("_alore_scale_views" in vars(model)))
+    model.blocks[0].norm1.register_forward_hook(lambda *_: seen.append(model in _VIEWS))
     with torch.no_grad():
         model(images(device))
     model.alore_scale.requires_grad_(False)
@@ -108,6 +109,15 @@ def test_copies_share_their_own_scale(copied, device):
     twin(x).sum().backward()
     assert model.alore_scale.grad is None and twin.alore_scale.grad.any()
     assert len(additions(twin(x).sum())) == 1
+
+
+def test_a_copy_made_in_the_midst_of_a_forward(device):
+    model, x, twins = patched(device), images(device), []
+    model.blocks[1].register_forward_hook(lambda *_: twins.append(copy.deepcopy(model)))
+    model(x).sum().backward()
+    twins[0].blocks[1]._forward_hooks.clear()
+    twins[0](x).sum().backward()
+    torch.testing.assert_close(twins[0].alore_scale.grad, model.alore_scale.grad)
 
 
 def test_unpatch_and_merge_take_the_hooks_off(device):

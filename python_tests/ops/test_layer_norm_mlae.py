@@ -167,6 +167,20 @@ def test_masked_experts_are_zero_even_where_something_is_not_finite(dims, where,
     assert (grads["lora_b"][:, 1] == 0).all()
 
 
+@pytest.mark.parametrize("dims", [(12, 9, 5, 1), (128, 96, 5, 1), (768, 736, 5, 1)], ids=str)
+def test_a_masked_expert_that_is_not_finite_has_no_part(dims, device):
+    """In the output and in x's gradient."""
+    args = make(dims, (19,), device=device, **BF16)
+    args["coeff"][1] = 0
+    grads = [draw(19, dims[1], dtype=torch.bfloat16, device=device), None]
+    (expected, _), expected_grads, _ = call(args, 0.0, grads, ("x",))
+    args["lora_a"][1, 0] = torch.inf
+    args["lora_b"][0, 1] = torch.nan
+    (out, _), got, _ = call(args, 0.0, grads, ("x",))
+    assert torch.equal(out, expected)
+    assert torch.equal(got["x"], expected_grads["x"])
+
+
 def test_padded_code_columns_stay_zero(device):
     args = make((128, 96, 5, 1), (19,), device=device, **BF16)
     args["x"][3, 0] = torch.inf

@@ -51,6 +51,7 @@ class LoraRecord(AdapterRecord):
         joint = self.host is not None and issubclass(self.host.adapter, FusedBiasAttention)
         attributes: dict[str, Any] = {
             "_lora_scaling": self.scaling,
+            "_mlae_ahead": None,
             "_mlae_bias_owner": model.get_submodule(self.host.module) if joint else None,
         }
         attributes = {name: attributes[name] for name in self.adapter.adapter_attributes}

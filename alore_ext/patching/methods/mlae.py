@@ -51,6 +51,7 @@ class MlaeRecord(AdapterRecord):
         joint = self.host is not None and issubclass(self.host.adapter, FusedBiasAttention)
         attributes: dict[str, Any] = {
             "_mlae_mask_p": self.mask_p,
+            "_mlae_ahead": None,
             "_mlae_expert_rank": self.expert_rank,
             "_kept_experts": self.kept,
             "_mlae_bias_owner": model.get_submodule(self.host.module) if joint else None,
