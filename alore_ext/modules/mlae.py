@@ -52,7 +52,7 @@ class MlaeLinear(MlaeAdapter):
 
     adapter_attributes = (*MlaeAdapter.adapter_attributes, "_mlae_bias_owner", "_mlae_ahead")
 
-    # What the norm before it has computed for it (see `mlae_norm`), until it is called.
+    # What the norm before it has computed for it (see `mlae_norm`); on the layer from then until it is called.
     _mlae_ahead: Ahead | None
     # The attention that keeps this linear's bias as q_bias, k_bias and v_bias; None where the linear has its
     # own.

@@ -82,7 +82,7 @@ class MlaeNorm(Adapter):
 
     _mlae_behind: MlaeLinear
     _mlae_between: tuple[nn.Module, ...]  # around the linear, but not around the norm
-    _mlae_unclaimed: int = 0
+    _mlae_unclaimed: int
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in_features] -> layer_norm(x)."""
@@ -100,7 +100,7 @@ class MlaeNorm(Adapter):
             linear._mlae_mask_p,
             linear.training,
         )
-        self.__dict__["_mlae_unclaimed"] = self._mlae_unclaimed + 1
+        self.__dict__["_mlae_unclaimed"] += 1
         linear.__dict__["_mlae_ahead"] = Ahead(self, normalised, out)
         return normalised
 

@@ -58,6 +58,7 @@ def _behind(model: nn.Module, record: AdapterRecord) -> dict[str, object]:
     return {
         "_mlae_behind": model.get_submodule(record.module),
         "_mlae_between": tuple(map(model.get_submodule, between)),
+        "_mlae_unclaimed": 0,
     }
 
 

@@ -138,7 +138,7 @@ class TestAhead:
 
     def test_nothing_of_the_norms_output_is_kept(self, x):
         model = vit("cuda", torch.bfloat16)
-        x = x[:1].expand(512, -1, -1, -1)
+        x = x[:1].expand(4096, -1, -1, -1)  # far beyond the megabyte that the allocator may round up by
 
         def held(model):
             model(x)  # whatever is allocated once
@@ -148,9 +148,9 @@ class TestAhead:
             return torch.cuda.memory_allocated() - before, out
 
         ahead, alone = held(model)[0], held(apart(model))[0]
-        activation = 512 * 17 * 128 * 2
+        activation = 4096 * 17 * 128 * 2
         # Of three blocks the first keeps its input instead: its norm alone, with no gradient to pass on, keeps nothing.
-        assert alone - ahead >= 1.9 * activation
+        assert alone - ahead >= 1.8 * activation
 
     def test_hooks_on_the_norm_see_values_and_gradients(self, x, counts):
         """What Grad-CAM looks at: with a hook on it, the norm computes itself alone."""

@@ -51,10 +51,9 @@ class LoraRecord(AdapterRecord):
         joint = self.host is not None and issubclass(self.host.adapter, FusedBiasAttention)
         attributes: dict[str, Any] = {
             "_lora_scaling": self.scaling,
-            "_mlae_ahead": None,
             "_mlae_bias_owner": model.get_submodule(self.host.module) if joint else None,
         }
-        attributes = {name: attributes[name] for name in self.adapter.adapter_attributes}
+        attributes = {name: value for name, value in attributes.items() if name in self.adapter.adapter_attributes}
         attach(model.get_submodule(self.module), self.adapter, parameters, attributes)
 
     def merges(self, model: nn.Module, parameters: Mapping[str, Tensor]) -> list[Merge]:

@@ -51,12 +51,11 @@ class MlaeRecord(AdapterRecord):
         joint = self.host is not None and issubclass(self.host.adapter, FusedBiasAttention)
         attributes: dict[str, Any] = {
             "_mlae_mask_p": self.mask_p,
-            "_mlae_ahead": None,
             "_mlae_expert_rank": self.expert_rank,
             "_kept_experts": self.kept,
             "_mlae_bias_owner": model.get_submodule(self.host.module) if joint else None,
         }
-        attributes = {name: attributes[name] for name in self.adapter.adapter_attributes}
+        attributes = {name: value for name, value in attributes.items() if name in self.adapter.adapter_attributes}
         attach(model.get_submodule(self.module), self.adapter, parameters, attributes)
 
     def expert_count(self) -> int:
