@@ -105,7 +105,8 @@ class PipelinedBackward {
   __device__ __forceinline__ void codes(int stage) const {
     const uint32_t x_at =
         shared_address(shared) + stage + row_tile * kTileRows * kRowBytes + rows_lane + first_group * 64;
-    float z[2][4] = {}, dh[2][4] = {}, sum[4] = {}, gram0[4] = {}, gram1[4] = {};
+    float z[2][4] = {}, dh[2][4] = {};
+    WarpGradients<T> sums;
 #pragma unroll
     for (int k = 0; k < kItems; ++k) {
       const int column = (first_group + k) * kGroupColumns, local = column - block * kBlockDim;
@@ -122,24 +123,12 @@ class PipelinedBackward {
         load_matrices(b, up_columns + local * 2 + half * 32);
         mma<T>(dh[0], grad, b[0], b[1]);
         mma<T>(dh[1], grad, b[2], b[3]);
-        if constexpr (kNorm) {
-          const uint32_t left = half == 0 ? weights.x : weights.z, right = half == 0 ? weights.y : weights.w;
-          const uint32_t weighted[4] = {product2(grad[0], left), product2(grad[1], left),
-                                        product2(grad[2], right), product2(grad[3], right)};
-          const uint32_t ones = pack2<T>(1.0f, 1.0f);
-          mma<T>(sum, weighted, ones, ones);
-          mma<T>(gram0, weighted, x[0], x[2]);
-          mma<T>(gram1, weighted, x[1], x[3]);
-        }
+        if constexpr (kNorm) sums.add(grad, x, weights, half);
       }
     }
     store_code(at<float>(kL.code) + warp * kCodeSize, z, g, c);
     store_code(at<float>(kL.grad_mixed) + warp * kCodeSize, dh, g, c);
-    if (kNorm && c == g / 2) {  // this lane has the diagonals' entries g
-      auto* row_sums = at<float2>(kL.row_sums) + warp * kTileRows;
-      row_sums[g] = {sum[0], g % 2 ? gram0[1] : gram0[0]};
-      row_sums[g + 8] = {sum[2], g % 2 ? gram1[3] : gram1[2]};
-    }
+    if constexpr (kNorm) sums.leave(at<float2>(kL.row_sums) + warp * kTileRows, g, c);
   }
 
   // H and dZ of a code column of a row, a thread each; d(scale), and what the norm's gradient takes from
@@ -200,19 +189,8 @@ class PipelinedBackward {
         }
       }
       if constexpr (kNorm) {
-        // Sums over a row of g and of g * n: the row's lanes have its code columns and, one each, the warps'
-        // shares.
-        if (w < kL.per_row_tile) {
-          const float2 share = at<float2>(kL.row_sums)[(tile * kL.per_row_tile + w) * kTileRows + t];
-          of_weight += rstd * share.x;
-          of_normalised += rstd * rstd * (share.y - mean * share.x);
-        }
-        of_weight = row_sum16(of_weight);
-        of_normalised = row_sum16(of_normalised);
-        if (w == 0) {  // d(x) = g - slope * x - offset
-          const float slope = rstd * of_normalised * (1.0f / kDim);
-          at<float4>(kL.row_terms)[row] = {rstd, -slope, mean * slope - of_weight * (1.0f / kDim), 0.0f};
-        }
+        leave_gradient_terms<kL.per_row_tile, kDim>(at<float4>(kL.row_terms) + row, at<float2>(kL.row_sums),
+                                                    tile, t, w, mean, rstd, of_weight, of_normalised);
       }
     }
   }

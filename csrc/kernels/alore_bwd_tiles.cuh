@@ -1,7 +1,7 @@
 // Tiles of the fused backward in shared memory: see alore_bwd_tiles.cu.
 #pragma once
 
-#include "kernels/alore_tile.cuh"
+#include "kernels/row_moments.cuh"
 
 namespace alore::kernels {
 
@@ -52,8 +52,7 @@ __device__ __forceinline__ uint4 dropped(const uint4& grad, const DropoutMask& m
 
 // Sums over 16 or 32 neighbouring lanes.
 __device__ __forceinline__ float lanes_sum(float v, bool all) {
-#pragma unroll
-  for (int offset = 8; offset > 0; offset /= 2) v += __shfl_xor_sync(0xffffffffu, v, offset);
+  v = row_sum16(v);
   if (all) v += __shfl_xor_sync(0xffffffffu, v, 16);
   return v;
 }

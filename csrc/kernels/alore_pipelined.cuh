@@ -15,7 +15,7 @@
 
 #include "kernels/alore_pipelined_layout.h"
 #include "kernels/alore_tile.cuh"
-#include "kernels/row_moments.cuh"
+#include "kernels/row_gradients.cuh"
 
 namespace alore::kernels {
 
@@ -47,13 +47,6 @@ void dispatch_width(int64_t embed_dim, F&& f) {
   }(std::make_index_sequence<std::size(kShapes)>{});
   if (!found)
     throw std::runtime_error("no pipelined ALoRE kernel for embed_dim " + std::to_string(embed_dim));
-}
-
-// Two bf16 products, rounded.
-__device__ __forceinline__ uint32_t product2(uint32_t a, uint32_t b) {
-  const __nv_bfloat162 v =
-      __hmul2(*reinterpret_cast<const __nv_bfloat162*>(&a), *reinterpret_cast<const __nv_bfloat162*>(&b));
-  return *reinterpret_cast<const uint32_t*>(&v);
 }
 
 struct Four {

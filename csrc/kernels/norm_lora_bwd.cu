@@ -97,13 +97,12 @@ class NormLoraBackward {
     copy_async_commit();
   }
 
-  // This warp's share of a row's sums of weight * grad, and of x * weight * grad as the diagonal of a product
-  // of rows. weight * grad in 16 bits: its roundings average out over a row.
+  // This warp's share of the sums over a row.
   __device__ __forceinline__ void codes(int stage) const {
     if (p.grad_x == nullptr) return;
     const uint32_t x_at = shared_address(shared) + stage + row_tile * kTileRows * kRowBytes +
                           operand_rows(lane, kRowBytes) + first_group * 64;
-    float sum[4] = {}, gram0[4] = {}, gram1[4] = {};
+    WarpGradients<T> sums;
 #pragma unroll
     for (int k = 0; k < kItems; ++k) {
       const uint4 weights = load_shared_16(at<T>(kL.weight16) + (first_group + k) * kGroupColumns + c * 8);
@@ -112,20 +111,10 @@ class NormLoraBackward {
         uint32_t x[4], grad[4];
         load_matrices(x, x_at + k * 64 + half * 32);
         load_matrices(grad, x_at + kL.grad + k * 64 + half * 32);
-        const uint32_t left = half == 0 ? weights.x : weights.z, right = half == 0 ? weights.y : weights.w;
-        const uint32_t weighted[4] = {product2(grad[0], left), product2(grad[1], left),
-                                      product2(grad[2], right), product2(grad[3], right)};
-        const uint32_t ones = pack2<T>(1.0f, 1.0f);
-        mma<T>(sum, weighted, ones, ones);
-        mma<T>(gram0, weighted, x[0], x[2]);
-        mma<T>(gram1, weighted, x[1], x[3]);
+        sums.add(grad, x, weights, half);
       }
     }
-    if (c == g / 2) {  // this lane has the diagonals' entries g
-      auto* row_sums = at<float2>(kL.row_sums) + warp * kTileRows;
-      row_sums[g] = {sum[0], g % 2 ? gram0[1] : gram0[0]};
-      row_sums[g + 8] = {sum[2], g % 2 ? gram1[3] : gram1[2]};
-    }
+    sums.leave(at<float2>(kL.row_sums) + warp * kTileRows, g, c);
   }
 
   // R, and a row's terms of d(x), by 16 lanes a row: the first 8 have a code column each, and all of them the
@@ -153,17 +142,8 @@ class NormLoraBackward {
         of_normalised = rounded == 0.0f ? 0.0f : rounded * (code - at<float>(kI.column_bias)[w]);
       }
       if (p.grad_x == nullptr) continue;
-      if (w < kL.per_row_tile) {
-        const float2 share = at<float2>(kL.row_sums)[(tile * kL.per_row_tile + w) * kTileRows + t];
-        of_weight += rstd * share.x;
-        of_normalised += rstd * rstd * (share.y - mean * share.x);
-      }
-      of_weight = row_sum16(of_weight);
-      of_normalised = row_sum16(of_normalised);
-      if (w == 0) {  // d(x) = g - slope * x - offset
-        const float slope = rstd * of_normalised * (1.0f / kDim);
-        at<float4>(kL.row_terms)[row] = {rstd, -slope, mean * slope - of_weight * (1.0f / kDim), 0.0f};
-      }
+      leave_gradient_terms<kL.per_row_tile, kDim>(at<float4>(kL.row_terms) + row, at<float2>(kL.row_sums),
+                                                  tile, t, w, mean, rstd, of_weight, of_normalised);
     }
   }
 

@@ -28,7 +28,6 @@ class MaskedLoraLinear : public torch::autograd::Function<MaskedLoraLinear> {
     ctx->saved_data["has_bias"] = is_given(bias);
     ctx->set_materialize_grads(false);  // else zeros for code and operand, in every backward
     ctx->mark_non_differentiable({code, operand});
-    ctx->set_materialize_grads(false);
     return {y, code, operand};
   }
 
@@ -49,7 +48,6 @@ class MlaeLinear : public torch::autograd::Function<MlaeLinear> {
     ctx->saved_data["has_bias"] = is_given(bias);
     ctx->set_materialize_grads(false);
     ctx->mark_non_differentiable({code, operand, mask});
-    ctx->set_materialize_grads(false);
     return {y, code, operand, mask};
   }
 

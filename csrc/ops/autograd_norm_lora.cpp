@@ -20,7 +20,6 @@ class LayerNormMlaeLinear : public torch::autograd::Function<LayerNormMlaeLinear
     ctx->saved_data["has_bias"] = unwrap(bias).defined();
     ctx->set_materialize_grads(false);  // else zeros for everything that was kept, in every backward
     ctx->mark_non_differentiable({code, operand, mask, mean, rstd});
-    ctx->set_materialize_grads(false);
     return {out, normalised, code, operand, mask, mean, rstd};
   }
 

@@ -30,13 +30,13 @@ NormLoraOutputs forward_fused(const NormLoraCall& call, const kernels::NormLoraS
   mask.drawn = at::empty(call.coeff.sizes(), call.coeff.options().dtype(at::kFloat));
   const auto sums = x.options().dtype(at::kFloat);
   const Tensor extended = at::empty(sized(s.in_features + width), x.options());
-  const NormLoraOutputs o{{},
-                          extended.narrow(-1, 0, s.in_features),
-                          at::empty(sized(width), x.options()),
-                          at::empty({kernels::lora_operand_elements(s)}, x.options()),
-                          mask.drawn,
-                          at::empty(leading, sums),
-                          at::empty(leading, sums)};
+  NormLoraOutputs o{{},
+                    extended.narrow(-1, 0, s.in_features),
+                    at::empty(sized(width), x.options()),
+                    at::empty({kernels::lora_operand_elements(s)}, x.options()),
+                    mask.drawn,
+                    at::empty(leading, sums),
+                    at::empty(leading, sums)};
   const LoraOperands operands(LoraCall(x, weight, call.bias, call.lora_a, call.lora_b, call.coeff), mask);
   const kernels::CudaContext context = stream_context();
   const Tensor extended_weight = at::empty({s.out_features, s.in_features + width}, weight.options());
@@ -52,10 +52,9 @@ NormLoraOutputs forward_fused(const NormLoraCall& call, const kernels::NormLoraS
                               .code = write(o.code),
                               .mean = floats(o.mean),
                               .rstd = floats(o.rstd)});
-  NormLoraOutputs whole = o;
-  whole.out = at::linear(extended.view({tokens, s.in_features + width}), extended_weight, call.bias)
-                  .view(sized(s.out_features));
-  return whole;
+  o.out = at::linear(extended.view({tokens, s.in_features + width}), extended_weight, call.bias)
+              .view(sized(s.out_features));
+  return o;
 }
 
 Grads8 backward_fused(const NormLoraCall& call, const kernels::NormLoraShape& shape,
